@@ -1,0 +1,152 @@
+"""PRIME advantages of packed responses."""
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prime_kernels import checks, reference
+from prime_kernels.dispatch import resolve
+from prime_kernels.reference import Advantage
+
+
+@torch.no_grad()
+def prime_advantage(
+    prm_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    outcome: Tensor,
+    cu_seqlens: Tensor,
+    group: Tensor,
+    *,
+    beta: float = 0.05,
+    gamma: float = 1.0,
+    outcome_gamma: float = 1.0,
+    process_weight: float = 1.0,
+    outcome_weight: float = 1.0,
+    estimator: str = "rloo",
+    form: str = "run",
+    normalize: str = "batch",
+    whiten: bool = True,
+    process_group=None,
+    backend: str | None = None,
+) -> Advantage:
+    """Advantages from the implicit process reward and the outcome (arXiv 2502.01456; PRIME-RL/PRIME 18ad596f).
+
+    With q = prm_logprob - ref_logprob and the token reward r = q / (M + 1e-6), M the largest |sum of q from a token to
+    its row's end| (normalize="batch"; beta cancels), or r = beta * q (normalize="none"), m_i the mean of r in row i:
+
+        advantage_{i,t} = process_weight * sum_{s>=t} gamma^(s-t) a_{i,s} + outcome_weight * outcome_gamma^(L_i-1-t) b_i
+
+    estimator="rloo", K rows in a group, form="run" (the published run's code): a = r * K/(K-1) - sum_j m_j / (K-1);
+    form="paper" (the README's formula): a = r - sum_{j!=i} m_j / (K-1); both: b_i = o_i - mean_{j!=i} o_j.
+    estimator="grpo" (eq. 7): a = (r - mean_j m_j) / (std_j m_j + 1e-6), b = (o - mean o) / (std o + 1e-6) with the
+    unbiased std (the paper gives neither ddof nor epsilon); equal values in a group give 0.
+    estimator="reinforce" (eq. 8): a = r, b = o. `form` only matters for rloo.
+    whiten=True then maps all tokens to (x - mean) / sqrt(unbiased variance + 1e-8).
+
+    Args:
+        prm_logprob, ref_logprob: (T,) float32, bfloat16 or float64 in nats, response tokens only, row after row. With
+            process_weight=0 they never reach the advantage and may be None.
+        outcome: (R,) float32 or float64. cu_seqlens: (R+1,) int32 or int64, 0, ..., T.
+        group: (R,) int64, the same id for the rows of one prompt; any ids, any order, any K >= 2 (reinforce: >= 1).
+        gamma, outcome_gamma: in 0..1.
+        process_group: a torch.distributed group whose ranks each hold whole groups: M and the whitening moments are
+            then those of all ranks. (The published code takes M per rank: its rewards depend on the number of GPUs.)
+
+    Returns Advantage, detached: advantage (T,), token_reward (T,) = beta * q, score (R,) = beta * sum of q; the last
+    two are zeros without prm_logprob. float32, float64 if an input is; float64 inside. With one process, a row's result
+    has the same bits wherever the row is packed, on every back-end.
+
+    Raises ValueError naming the row or group: empty row, one-row group under rloo or grpo, bad cu_seqlens, shapes or
+    dtypes, NaN or infinity; RuntimeError for a back-end that cannot run. What depends on values is checked while the
+    op runs, so torch.compile(fullgraph=True) takes it. On CUDA the inputs need no host synchronisation: one launch
+    ("triton": two) checks and computes, and one word is read back after it. Under CUDA graph capture nothing is read,
+    and a batch with a bad value has NaN for every advantage.
+    """
+    checks.one_of("estimator", estimator, ("rloo", "grpo", "reinforce"))
+    checks.one_of("form", form, ("run", "paper"))
+    checks.one_of("normalize", normalize, ("batch", "none"))
+    checks.positive("beta", beta)
+    checks.between("gamma", gamma, 0, 1)
+    checks.between("outcome_gamma", outcome_gamma, 0, 1)
+    checks.tensor("outcome", outcome, (None,), checks.REAL)
+    rows = outcome.shape[0]
+    checks.tensor("cu_seqlens", cu_seqlens, (rows + 1,), checks.OFFSETS, outcome, "one entry more than outcome")
+    checks.tensor("group", group, (rows,), checks.INDEX, outcome, "one id for each row of outcome")
+    if (prm_logprob is None) != (ref_logprob is None) or (prm_logprob is None and process_weight):
+        raise ValueError("prm_logprob or ref_logprob is None: pass both, or neither with process_weight=0")
+    if prm_logprob is not None:
+        checks.tensor("prm_logprob", prm_logprob, (None,), checks.LOGPROB, outcome)
+        checks.tensor("ref_logprob", ref_logprob, prm_logprob.shape, checks.LOGPROB, outcome, "as prm_logprob")
+    return Advantage(
+        *torch.ops.prime_kernels.prime_advantage(
+            prm_logprob, ref_logprob, outcome, cu_seqlens, group, beta, gamma, outcome_gamma, process_weight,
+            outcome_weight, estimator, form, normalize, whiten, process_group and process_group.group_name, backend,
+        )
+    )  # fmt: skip
+
+
+# One custom op whatever the back-end, so that torch.compile sees no data-dependent check; those are made when it runs.
+@torch.library.custom_op("prime_kernels::prime_advantage", mutates_args=())
+def _prime_advantage(
+    prm_logprob: Tensor | None, ref_logprob: Tensor | None, outcome: Tensor, cu_seqlens: Tensor, group: Tensor,
+    beta: float, gamma: float, outcome_gamma: float, process_weight: float, outcome_weight: float,
+    estimator: str, form: str, normalize: str, whiten: bool, process_group: str | None, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = prm_logprob, ref_logprob, outcome
+    implementation = resolve("prime_advantage", backend, tensors)
+    check = functools.partial(
+        _check_values, prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator
+    )
+    ranks = process_group and dist.distributed_c10d._resolve_process_group(process_group)
+    options = {
+        "beta": beta, "gamma": gamma, "outcome_gamma": outcome_gamma, "process_weight": process_weight,
+        "outcome_weight": outcome_weight, "estimator": estimator, "form": form, "normalize": normalize,
+        "whiten": whiten, "process_group": ranks,
+    }  # fmt: skip
+    if implementation is reference.advantage:
+        check()
+        result = implementation(prm_logprob, ref_logprob, outcome, cu_seqlens, group, **options)
+        return tuple(x.to(_dtype(tensors)) for x in result)
+    if not len(outcome):
+        check()
+    tokens = cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob)
+    if prm_logprob is not None and prm_logprob.dtype != ref_logprob.dtype:
+        prm_logprob, ref_logprob = prm_logprob.float(), ref_logprob.float()
+    cu = cu_seqlens.int() if tokens < 2**31 else cu_seqlens
+    arguments = (x if x is None else x.contiguous() for x in (prm_logprob, ref_logprob, outcome, cu, group))
+    result = implementation(*arguments, tokens=tokens, **options)
+    if result is None:  # a kernel only sees that something is wrong
+        check()
+        raise ValueError("prm_logprob - ref_logprob leaves the range of float32: repair what computed them")
+    return tuple(result)
+
+
+@_prime_advantage.register_fake
+def _(prm_logprob, ref_logprob, outcome, *_):
+    tokens = torch.library.get_ctx().new_dynamic_size() if prm_logprob is None else prm_logprob.shape[0]
+    dtype = _dtype((prm_logprob, ref_logprob, outcome))
+    return tuple(outcome.new_empty(size, dtype=dtype) for size in (tokens, tokens, outcome.shape[0]))
+
+
+def _dtype(tensors) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _check_values(prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator) -> None:
+    if not len(outcome):
+        raise ValueError("outcome has no rows: give every rank at least one group")
+    checks.rows(cu_seqlens, cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob))
+    checks.finite("outcome", outcome)
+    if process_weight:
+        checks.finite("prm_logprob", prm_logprob, cu_seqlens)
+        checks.finite("ref_logprob", ref_logprob, cu_seqlens)
+    if estimator != "reinforce":
+        ids, count = group.unique(return_counts=True)
+        if (alone := ids[count == 1]).numel():
+            row = (group == alone[0]).nonzero()[0].item()
+            raise ValueError(
+                f"group {alone[0].item()} has one row, row {row}: {estimator} compares rows of a group; drop the group "
+                "or use estimator='reinforce'"
+            )
