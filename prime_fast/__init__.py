@@ -1,0 +1,1 @@
+"""PRIME: reinforcement learning with online implicit process rewards."""

@@ -1,0 +1,283 @@
+"""prime-fast from the command line. A user's mistake is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from rich.console import Console
+
+from prime_fast.config import Config, RewardConfig, RolloutConfig, load_config, save_config
+from prime_fast.rewards.pool import SANDBOXES
+
+if TYPE_CHECKING:
+    from prime_fast.metrics import MetricsLog
+
+SCORE_ROWS = 4096  # graded at a time
+RESUMABLE_CHANGES = {"steps", "run_dir", "log", "engine"}  # what may differ from the first start of a run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"prime-fast: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether our own code raised it, so that its message is the sentence for the user; else the traceback matters."""
+    import prime_kernels
+
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    homes = [Path(package).parent for package in (__file__, prime_kernels.__file__)]
+    return any(Path(frame.tb_frame.f_code.co_filename).is_relative_to(home) for home in homes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prime-fast", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run PRIME")
+    _takes_config(train)
+    train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
+    train.add_argument("--dry-run", action="store_true", help="print model sizes, memory plan and passes; needs no GPU")
+    train.add_argument("--ranks", type=int, help="number of GPUs the dry run plans for (default: WORLD_SIZE or 1)")
+    train.set_defaults(run=_train)
+
+    sft = commands.add_parser("sft", help="supervised warm start on worked solutions; writes RUN_DIR/model")
+    _takes_config(sft)
+    sft.set_defaults(run=_sft)
+
+    _add_eval(commands.add_parser("eval", help="accuracy on files of rows, with intervals; best-of-n with a PRM"))
+    _add_score(commands.add_parser("score", help="outcomes of given responses, by the trainer's reward code"))
+
+    report = commands.add_parser("report", help="draw the curves of one or several runs and print their table")
+    report.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    report.add_argument("--out", help="path of the picture (default: report/curves.png in the first run)")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser(
+        "doctor", help="does this machine hold model-written code? tries to escape the sandbox"
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="run_dir, checkpoint, model directory or hub id")
+    command.add_argument("--data", nargs="+", required=True, metavar="ROWS", help="files of rows, one benchmark each")
+    command.add_argument("--out", help="directory of the results (default: runs/eval/ and the model's name)")
+    engines = get_args(RolloutConfig.model_fields["engine"].annotation)
+    command.add_argument("--engine", choices=engines, default=engines[0])
+    command.add_argument("--samples", type=_count, default=0, metavar="K", help="also draw K samples: avg@K, pass@K")
+    command.add_argument("--temperature", type=float, help="of the samples (default: 1; --preset paper: 0.3)")
+    command.add_argument("--max-response", type=_count, metavar="N", help="tokens (default: 3072, or the preset's)")
+    command.add_argument("--limit", type=_count, metavar="N", help="only the first N rows of each file")
+    command.add_argument("--preset", choices=["paper"], help="4096 tokens; 8192 for MATH-500, LeetCode, LiveCodeBench")
+    command.add_argument(
+        "--prm", help="best-of-n of the samples by this implicit PRM (a run_dir or checkpoint will do)"
+    )
+    command.add_argument("--reference", help="the PRM's reference model")
+    command.add_argument("--batch", type=_count, default=64, metavar="N", help="responses generated together")
+    command.add_argument("--seed", type=int, default=0)
+    _takes_reward(command)
+    command.set_defaults(run=_eval)
+
+
+def _add_score(command: argparse.ArgumentParser) -> None:
+    command.add_argument("rows", metavar="ROWS", help=".jsonl, .json or .parquet file of rows")
+    command.add_argument("--responses", required=True, metavar="FILE", help="JSON lines in the order of the rows")
+    command.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a core, at most 16)")
+    command.add_argument("--out", metavar="FILE", help="write the outcomes as JSON lines")
+    _takes_reward(command)
+    command.set_defaults(run=_score)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def _takes_reward(command: argparse.ArgumentParser) -> None:
+    default = RewardConfig()
+    command.add_argument("--reward", default=default.function, help="math, code, auto, or file.py:function")
+    command.add_argument("--timeout", type=float, default=default.timeout, metavar="S", help="seconds a response")
+    command.add_argument("--sandbox", choices=SANDBOXES, default=SANDBOXES[0], help="of model-written code")
+
+
+def _takes_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, YAML values")
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        from prime_fast.memory import print_dry_run
+
+        print_dry_run(config, options.ranks or int(os.environ.get("WORLD_SIZE", "1")), Console())
+        return
+    newest = _prepare_run_dir(config, options.resume)
+
+    from prime_fast import distributed, engine, preflight
+    from prime_fast.checkpoint import latest
+    from prime_fast.trainer import Trainer
+
+    device = engine.start()
+    trainer = Trainer(config, device, preflight.load_inputs(config))
+    try:
+        first = trainer.restore(newest) if newest else 1
+        trainer.run(_open_run(config, resume_step=first - 1), first)
+    finally:
+        trainer.close()
+    if distributed.rank() == 0:
+        _report(argparse.Namespace(runs=[config.run_dir], out=None))
+        print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
+
+
+def _sft(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    if not config.sft.data:
+        raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
+    _prepare_run_dir(config, resume=False)
+
+    from prime_fast import distributed, engine
+    from prime_fast.sft import sft
+
+    device = engine.start()
+    directory = sft(config, device, _open_run(config, resume_step=0, total_steps=config.sft.steps))
+    if distributed.rank() == 0:
+        print(f"wrote {directory}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from prime_fast.report import report, summary_table
+
+    picture = report(options.runs, options.out)
+    Console().print(summary_table(options.runs))
+    print(f"curves: {picture}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from prime_fast.evaluate import Settings, evaluate
+
+    given = {key: value for key, value in vars(options).items() if key != "run"}
+    name = "-".join(part for part in Path(options.model).parts if part not in ("/", "..", "checkpoints", "policy"))
+    given |= {"data": tuple(options.data), "out": Path(options.out or Path("runs/eval") / name)}
+    evaluate(Settings(**given), Console())
+
+
+def _score(options: argparse.Namespace) -> None:
+    from prime_fast.rewards import RewardPool
+    from prime_fast.sources import read
+
+    shape, rows = read(options.rows)
+    pairs = _answered(rows, options.rows, options.responses)
+    outcomes, start = [], time.perf_counter()
+    with RewardPool(options.reward, options.workers, options.timeout, options.sandbox) as pool:
+        while part := list(islice(pairs, SCORE_ROWS)):
+            outcomes += pool.score(
+                [text for _, texts in part for text in texts], [r for r, texts in part for _ in texts]
+            )
+        counts = ", ".join(f"{count} {name}" for name, count in pool.counts.items())
+    if not outcomes:
+        raise ValueError(f"{options.responses} holds no responses")
+    seconds = time.perf_counter() - start
+    if options.out:
+        Path(options.out).write_text("".join(f"{json.dumps({'outcome': outcome})}\n" for outcome in outcomes))
+    print(
+        f"{len(outcomes)} responses to {options.rows} ({shape}): {sum(outcome == 1 for outcome in outcomes)} score 1, "
+        f"mean outcome {sum(outcomes) / len(outcomes):.4f}, {counts}, {seconds:.1f} s"
+    )
+
+
+def _answered(rows: Iterator, rows_name: str, name: str) -> Iterator[tuple[dict, list[str]]]:
+    """Each row with its responses: a line holds a JSON string, a list of them, or an object with `response(s)`."""
+    with open(name, encoding="utf-8") as file:
+        for number, pair in enumerate(zip_longest(rows, (line for line in file if line.strip())), 1):
+            if None in pair:
+                raise ValueError(f"{rows_name} and {name} differ in length: only one has a row {number}")
+            (_, row), line = pair
+            if isinstance(row, ValueError):
+                raise row
+            try:
+                given = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{name}, line {number} is not JSON: {error}") from None
+            if isinstance(given, dict):
+                given = given.get("responses", given.get("response"))
+            texts = given if isinstance(given, list) else [given]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"{name}, line {number} has no response: it must be a string, a list of strings, or "
+                    'an object with "response" or "responses"'
+                )
+            yield row, texts
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from prime_fast import doctor
+
+    return doctor.main()
+
+
+def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh start. Nothing is written yet."""
+    run_dir = Path(config.run_dir)
+    if not resume:
+        if (run_dir / "config.yaml").exists():
+            raise ValueError(f"{run_dir} already holds a run; continue it with --resume, or choose another run_dir")
+        return None
+    from prime_fast.checkpoint import latest
+
+    newest = latest(run_dir)
+    if newest is not None:
+        if config.engine.offload == "disk":
+            raise ValueError(
+                "DeepSpeed does not restore AdamW's step count from disk, so --resume with engine.offload=disk would "
+                "not continue the same run; use engine.offload=cpu, or start a new run_dir with "
+                f"model.policy={newest / 'policy'}"
+            )
+        before = _flatten(load_config(run_dir / "config.yaml").model_dump())
+        now = _flatten(config.model_dump())
+        changed = [key for key in now if now[key] != before.get(key) and key.split(".")[0] not in RESUMABLE_CHANGES]
+        if changed:
+            raise ValueError(
+                f"--resume continues the same run, but {changed[0]} was {before.get(changed[0])!r} and is "
+                f"{now[changed[0]]!r}; put it back, or start a new run_dir with model.policy={newest / 'policy'}"
+            )
+    return newest
+
+
+def _open_run(config: Config, resume_step: int, total_steps: int | None = None) -> MetricsLog | None:
+    """Write the resolved config and open the metrics; rank 0 only."""
+    from prime_fast import distributed
+    from prime_fast.metrics import MetricsLog
+
+    if distributed.rank() != 0:
+        return None
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    save_config(config, Path(config.run_dir) / "config.yaml")
+    return MetricsLog(config.run_dir, total_steps or config.steps, config.log.tensorboard, resume_step or None)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,248 @@
+"""The configuration tree: YAML file + key=value overrides -> one validated, typed object."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0)]
+Discount = Annotated[float, Field(ge=0, le=1)]
+Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class ModelConfig(Section):
+    policy: str  # HF directory or hub id; policy, PRM and reference all start here unless told otherwise
+    prm: str | None = None
+    reference: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward; auto = bfloat16 on a GPU, float32 on CPU
+    gradient_checkpointing: bool = False
+
+
+class DataConfig(Section):
+    train: Paths = []
+    eval: Paths = []
+    eval_rows: Positive = 256
+    max_prompt: Positive = 1024  # tokens; longer prompts are dropped and counted
+    drop: list[Literal["broken", "duplicates"]] = []  # rows to leave out and count; a broken row is else an error
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf", "vllm"] = "hf"
+    vllm: dict[str, Any] = {}  # arguments of vllm.LLM, and ours: gpus (for engines alone), bucket_mib (weight sync)
+    prompts: Positive = 256  # groups trained on per step
+    samples: Positive = 4  # K, responses per prompt
+    max_response: Positive = 3072  # tokens, EOS included
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    batch: Positive = 256  # sequences decoded together by one engine
+    max_rounds: Positive = 8  # at most this many times `prompts` prompts are started to fill a step
+    keep: tuple[float, float] = (0.2, 0.8)  # groups whose mean outcome lies in this closed interval train
+    # from a pass of their own | the update's own forward where that is the old policy | the engine
+    old_logprobs: Literal["recompute", "update", "engine"] = "update"
+    importance_cap: Rate = 2.0  # weight of a token: min(trainer / engine probability, cap); 0 = 1; unused with "engine"
+
+
+class RewardConfig(Section):
+    function: str = "auto"  # math, code, auto (by the row's ability), path/to/file.py:name or package.module:name
+    sandbox: Literal["namespaces", "rlimits-only"] = "namespaces"  # of model-written code
+    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds a response, from the moment its grading starts
+
+
+class PrimeConfig(Section):
+    update: Literal["after", "before", "none"] = "after"
+    reference: Literal["sft", "policy"] = "sft"
+    beta: Annotated[float, Field(gt=0)] = 0.05
+    estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
+    form: Literal["run", "paper"] = "run"
+    normalize: Literal["batch", "none"] = "batch"
+    whiten: bool = True
+    process_weight: Rate = 1.0
+    outcome_weight: Rate = 1.0
+    gamma: tuple[Discount, Discount] = (1.0, 1.0)  # per token, of the process reward and of the outcome
+
+
+class OptimizerConfig(Section):
+    lr: Rate
+    weight_decay: Rate = 0.0
+    grad_clip: Rate = 1.0  # 0 = no clipping
+    mini_batch: Positive = 256  # rows per optimizer step, over all ranks
+
+
+class PolicyConfig(OptimizerConfig):
+    lr: Rate = 5e-7
+    weight_decay: Rate = 0.01
+    clip: tuple[Rate, Rate] = (0.2, 0.2)  # the ratio is clipped to [1 - low, 1 + high]
+    entropy_coef: Rate = 0.0
+    kl_coef: Rate = 0.0
+    mean: Literal["token", "row"] = "token"  # loss: mean over tokens, or over rows of the mean over a row's tokens
+
+
+class PrmConfig(OptimizerConfig):
+    lr: Rate = 1e-6
+    grad_clip: Rate = 10.0
+
+
+class SftConfig(Section):  # weight decay and clipping are the policy's
+    data: Paths = []
+    lr: Rate = 1e-5  # constant after a linear warm-up over the first 5% of the steps
+    mini_batch: Positive = 96
+    steps: Positive = 100
+    response: str = "{solution}"  # or {reasoning} (the solution without its last `#### x` line), {ground_truth}
+
+
+class EngineConfig(Section):
+    micro_tokens: Positive = 16384  # token budget of a packed micro-batch on one rank
+    offload: Literal["none", "cpu", "disk"] = "none"  # where parameters and optimizer states rest; disk: in $TMPDIR
+
+
+class LogConfig(Section):
+    eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0 = never
+    checkpoint_every: Annotated[int, Field(ge=0)] = 50  # steps; 0 = only at the end
+    tensorboard: bool = False
+
+
+class Config(Section):
+    run_dir: str
+    steps: Positive = 100
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    prime: PrimeConfig = PrimeConfig()
+    policy: PolicyConfig = PolicyConfig()
+    prm: PrmConfig = PrmConfig()
+    sft: SftConfig = SftConfig()
+    engine: EngineConfig = EngineConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def uses_prm(self) -> bool:
+        return self.prime.process_weight > 0
+
+    @property
+    def uses_reference(self) -> bool:
+        return (self.uses_prm and self.prime.reference == "sft") or self.policy.kl_coef > 0
+
+    @model_validator(mode="after")
+    def consistent(self) -> Config:
+        if self.rollout.samples < 2 and self.prime.estimator in ("rloo", "grpo"):
+            raise ValueError(
+                f"rollout.samples={self.rollout.samples} leaves nothing to compare with in the "
+                f"{self.prime.estimator} baseline; set rollout.samples to 2 or more, or prime.estimator=reinforce"
+            )
+        if self.prime.process_weight == 0 and self.prime.outcome_weight == 0:
+            raise ValueError(
+                "prime.process_weight and prime.outcome_weight are both 0, so there is no reward; raise one of them"
+            )
+        if self.uses_prm and self.prime.update == "none" and self.model.prm is None:
+            raise ValueError(
+                "prime.update=none never trains the PRM, and a PRM equal to its reference rewards nothing; "
+                "set model.prm to a trained PRM, or prime.update=after"
+            )
+        if self.prime.reference == "policy" and self.uses_prm and self.rollout.old_logprobs == "engine":
+            raise ValueError(
+                "prime.reference=policy needs the trainer's own log-probs (the engine's differ by rounding, which the "
+                "batch norm would blow up); set rollout.old_logprobs=recompute"
+            )
+        if self.prime.reference == "policy" and self.policy.kl_coef > 0:
+            raise ValueError("policy.kl_coef needs a frozen reference; set prime.reference=sft, or policy.kl_coef=0")
+        longest = self.data.max_prompt + self.rollout.max_response
+        if self.engine.micro_tokens < longest:
+            raise ValueError(
+                f"engine.micro_tokens={self.engine.micro_tokens} cannot hold one row of data.max_prompt + "
+                f"rollout.max_response = {longest} tokens; raise engine.micro_tokens"
+            )
+        low, high = self.rollout.keep
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"rollout.keep={[low, high]} must satisfy 0 <= low <= high <= 1")
+        return self
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, in the order of declaration."""
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values) and validate the result.
+
+    Raises ValueError with one sentence that names the key, what it got and the fix (the nearest key for a typo).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"config file {path} must hold a mapping of keys, got {type(tree).__name__}")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} is not of the form key=value")
+        _set(tree, key, _parse_value(value))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explain(error)}") from error
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _parse_value(text: str) -> object:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 (no dot) as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(tree: dict, dotted: str, value: object) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {dotted}: {parent} is a value, not a section; see the config file for its keys")
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        keys = known_keys()
+        leaf = {name.rsplit(".", 1)[-1]: name for name in keys}
+        near = difflib.get_close_matches(key, keys, 1, 0.5) or [
+            leaf[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.5)
+        ]
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(keys)}"
+        return f"unknown key {key}; {hint}"
+    if first["type"] == "missing":
+        return f"key {key} is required and missing"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={first['input']!r}: {message}"

@@ -1,0 +1,71 @@
+"""The few collective operations the trainer needs, on torch.distributed. A lone process is a world of one."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest generation
+
+
+def initialize() -> torch.device:
+    """Join the process group that torchrun described, or form a world of one; returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """All-reduce in place. Where every rank fills its own places of a zero tensor, this shares them exactly."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_lists(items: list[T]) -> list[T]:
+    """Every rank's list, concatenated in rank order, on every rank."""
+    if world_size() == 1:
+        return items
+    lists: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def max_(value: float) -> float:
+    """The largest of all ranks' values, on every rank."""
+    return max(gather_lists([value]))

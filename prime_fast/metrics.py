@@ -1,0 +1,175 @@
+"""What a run writes down: seconds per phase, metrics.jsonl, samples.jsonl and one progress line a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+ETA_WINDOW = 20  # steps whose mean duration predicts the rest
+
+
+class Phases:
+    """A stopwatch of named phases: `with phases("generate"): ...`, then `phases.seconds()`.
+
+    Phases are meant to follow one another; a nested one is counted in its parent too.
+    """
+
+    def __init__(self) -> None:
+        self._total: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = _now()
+        try:
+            yield
+        finally:
+            self._total[name] = self._total.get(name, 0.0) + _now() - start
+
+    def seconds(self) -> dict[str, float]:
+        """{"seconds/<name>": wall seconds since the last reset}, in the order in which the phases first ran."""
+        return {f"seconds/{name}": total for name, total in self._total.items()}
+
+    def reset(self) -> None:
+        self._total.clear()
+
+
+class MetricsLog:
+    """Appends one record a step to run_dir/metrics.jsonl; only rank 0 may hold one.
+
+    `resume_step=k` keeps the records of steps <= k, in samples.jsonl too, so that a step run again appears once;
+    `resume_step=None` starts both files anew. `tensorboard=True` also writes every number to run_dir/tensorboard.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, total_steps: int, tensorboard: bool = False, resume_step: int | None = None
+    ) -> None:
+        self.path = Path(run_dir) / METRICS
+        self.total_steps = total_steps
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self.path, self.path.with_name(SAMPLES)):
+            if resume_step is None:
+                path.unlink(missing_ok=True)
+            elif path.is_file():
+                _keep_until(path, resume_step)
+        self._durations: deque[float] = deque(maxlen=ETA_WINDOW)
+        self._board = _tensorboard(self.path.parent, resume_step) if tensorboard else None
+
+    def write(self, record: dict) -> None:
+        """Append one flat record with a "step" and flush. NaN and infinity become null."""
+        _append(self.path, [record])
+        if self._board:
+            for key, value in record.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, record["step"])
+            self._board.flush()
+
+    def progress(self, record: dict) -> str:
+        """Print, and return, one plain line on the step with the time left at the pace of the last steps."""
+        step = record["step"]
+        parts = [f"step {step:{len(str(self.total_steps))}d}/{self.total_steps}"]
+        parts += [text.format(record[key]) for key, text in PROGRESS.items() if record.get(key) is not None]
+        if record.get("tokens_per_second") is not None:
+            parts.append(f"{_thousands(record['tokens_per_second'])} tok/s")
+        if record.get("seconds") is not None:
+            parts.append(f"{record['seconds']:.1f} s")
+            if step > 0:  # step 0 is an evaluation, not a step
+                self._durations.append(record["seconds"])
+        if self._durations and step < self.total_steps:
+            left = (self.total_steps - step) * sum(self._durations) / len(self._durations)
+            parts.append(f"eta {_duration(left)}")
+        if record.get("eval_accuracy") is not None:  # last, so that the columns of all lines stay aligned
+            parts.append(f"eval {record['eval_accuracy']:.3f}")
+        if record.get("skipped"):
+            parts.append(f"skipped {record['skipped']}")
+        line = "  ".join(parts)
+        print(line, flush=True)
+        return line
+
+
+PROGRESS = {
+    "outcome": "outcome {:.2f}",
+    "groups_kept": "kept {:.2f}",
+    "prm_pair_accuracy": "prm {:.2f} pair",
+    "approx_kl": "kl {:z.4f}",
+    "loss": "loss {:.4f}",
+    "response_length": "{:.0f} tok/row",
+}
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The records of run_dir/metrics.jsonl, oldest first. A line that a kill left half-written at the end is left out.
+
+    Raises ValueError if there is no such file, or if a line before the last one is not JSON.
+    """
+    path = Path(run_dir) / METRICS
+    if not path.is_file():
+        raise ValueError(f"{run_dir} holds no {METRICS}; give the run_dir of a run that has made at least one step")
+    return _read(path)
+
+
+def write_samples(run_dir: str | Path, records: list[dict]) -> None:
+    """Append records with a "step" (prompt, response, outcome, ...) to run_dir/samples.jsonl."""
+    _append(Path(run_dir) / SAMPLES, records)
+
+
+def _append(path: Path, records: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _read(path: Path) -> list[dict]:
+    *lines, _ = path.read_text("utf-8").split("\n")  # a whole record ends its line; only a kill leaves a rest
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}); remove that line") from error
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Replace the file, in one move, by its records of steps <= `step`."""
+    shorter = path.with_suffix(".tmp")
+    shorter.unlink(missing_ok=True)
+    _append(shorter, [record for record in _read(path) if record["step"] <= step])
+    os.replace(shorter, path)
+
+
+def _tensorboard(run_dir: Path, resume_step: int | None):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "log.tensorboard=true needs the package tensorboard; pip install tensorboard, or set it to false"
+        ) from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1)
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # kernels still queued belong to the phase that launched them
+    return time.perf_counter()
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,129 @@
+"""Rows of different lengths -> packed micro-batches without padding, balanced over ranks; and back."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Row boundaries of a pack, as attention needs them: rows sorted by length, runs of equal rows precomputed."""
+
+    cu_seqlens: Tensor  # (R+1,) int32
+    max_length: int
+    runs: tuple[tuple[int, int, int], ...]  # (first token, rows, row length): consecutive rows of one length
+
+    def to(self, device: torch.device | str) -> Layout:
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch: whole rows end to end. T input tokens, N response tokens, R rows.
+
+    The last token of a row predicts nothing, so it is not fed. A filler pack (`rows` empty) holds one token of one row
+    and keeps a rank without work in step with the others: `select` gives it zeros, so every weight is zero.
+    """
+
+    rows: tuple[int, ...]  # indices into the batch
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64, restarting per row
+    layout: Layout
+    predict: Tensor  # (N,) int64, positions in the pack whose next token is a response token
+    targets: Tensor  # (N,) int64, those next tokens
+    cu_response: Tensor  # (R+1,) int32, response boundaries within targets
+    token_index: Tensor  # (N,) int64, where these response tokens lie in the flat batch; empty for a filler
+
+    def to(self, device: torch.device | str) -> Pack:
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "position_ids", "predict", "targets", "cu_response", "token_index")
+        }
+        return replace(self, layout=self.layout.to(device), **tensors)
+
+    def select(self, flat: Tensor) -> Tensor:
+        """The pack's share (N,) of per-response-token values (T_batch,)."""
+        return flat[self.token_index] if self.rows else flat.new_zeros(1)
+
+    def select_rows(self, per_row: Tensor) -> Tensor:
+        """The pack's share (R,) of per-row values."""
+        return per_row[list(self.rows)] if self.rows else per_row.new_zeros(1)
+
+    def put(self, flat: Tensor, values: Tensor) -> None:
+        """Write the pack's per-response-token values (N,) to their places in `flat`."""
+        if self.rows:
+            flat[self.token_index] = values
+
+
+def plan(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
+    """Assign rows to micro-batches of at most `budget` tokens, as many on every rank: plan[micro][rank] = row indices.
+
+    Longest row first onto the least loaded micro-batch, which leaves all of them nearly equal; micro-batches of
+    neighbouring load run at the same time on different ranks. A rank may get an empty list.
+    Raises ValueError when one row alone exceeds the budget.
+    """
+    longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+    if longest is not None and lengths[longest] > budget:
+        raise ValueError(
+            f"row {longest} has {lengths[longest]} tokens, more than engine.micro_tokens={budget}; "
+            "raise engine.micro_tokens"
+        )
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    steps = max(1, -(-sum(lengths) // (budget * ranks)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(steps * ranks)]
+        heap = [(0, index) for index in range(len(bins))]
+        for row in order:
+            load, index = heapq.heappop(heap)
+            bins[index].append(row)
+            heapq.heappush(heap, (load + lengths[row], index))
+        loads = dict((index, load) for load, index in heap)
+        if max(loads.values()) <= budget:
+            break
+        steps += 1
+    by_load = sorted(loads, key=lambda index: (-loads[index], index))
+    return [[bins[index] for index in by_load[step * ranks : (step + 1) * ranks]] for step in range(steps)]
+
+
+def efficiency(micro_batches: list[list[list[int]]], lengths: Sequence[int]) -> float:
+    """Real tokens over token slots: a rank waits for the fullest one of each micro-batch, so that sets the slots."""
+    loads = [[sum(lengths[row] for row in rows) for rows in ranks] for ranks in micro_batches]
+    slots = sum(max(ranks) * len(ranks) for ranks in loads)
+    return sum(map(sum, loads)) / slots if slots else 1.0
+
+
+def pack(rows: Sequence[int], prompts: Sequence[Tensor], responses: Sequence[Tensor], offsets: Sequence[int]) -> Pack:
+    """Lay the given rows end to end.
+
+    prompts, responses: 1-D int64 token ids of every row of the batch; offsets: where each row's response starts in the
+    flat batch of response tokens.
+    """
+    if not rows:
+        filler = torch.zeros(1, dtype=torch.int64)
+        boundary = torch.tensor([0, 1], dtype=torch.int32)
+        return Pack((), filler, filler, Layout(boundary, 1, ((0, 1, 1),)), filler, filler, boundary, filler[:0])
+    rows = sorted(rows, key=lambda row: (len(prompts[row]) + len(responses[row]), row))
+    fed = [len(prompts[row]) + len(responses[row]) - 1 for row in rows]
+    starts = [0, *accumulate(fed)]
+    answered = [len(responses[row]) for row in rows]
+    runs, first = [], 0
+    for length, run in groupby(fed):
+        count = sum(1 for _ in run)
+        runs.append((first, count, length))
+        first += count * length
+    return Pack(
+        rows=tuple(rows),
+        input_ids=torch.cat([part for row in rows for part in (prompts[row], responses[row][:-1])]),
+        position_ids=torch.cat([torch.arange(length) for length in fed]),
+        layout=Layout(torch.tensor(starts, dtype=torch.int32), max(fed), tuple(runs)),
+        predict=torch.cat([torch.arange(starts[i + 1] - answered[i], starts[i + 1]) for i in range(len(rows))]),
+        targets=torch.cat([responses[row] for row in rows]),
+        cu_response=torch.tensor([0, *accumulate(answered)], dtype=torch.int32),
+        token_index=torch.cat([torch.arange(offsets[row], offsets[row] + len(responses[row])) for row in rows]),
+    )

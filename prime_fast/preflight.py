@@ -1,0 +1,152 @@
+"""What has to hold before step 1: usable inputs, and a trainer and rollout engine that agree with themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from prime_fast import distributed, passes
+from prime_fast.config import Config
+from prime_fast.data import Rows, load_rows
+from prime_fast.engine import Engine
+from prime_fast.rollout import Request
+from prime_fast.rollout.collect import Batch, Group
+from prime_fast.rollout.fleet import Fleet
+
+CHECK_PROMPTS, CHECK_TOKENS = 4, 32  # prompts per rollout engine
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    train: Rows
+    eval: Rows | None
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Tokenizer and rows, checked against the models' configurations. Raises ValueError in one sentence."""
+    model = model_config(config.model.policy)
+    room = getattr(model, "max_position_embeddings", None)
+    asked = config.data.max_prompt + config.rollout.max_response
+    if room is not None and asked > room:
+        raise ValueError(
+            f"data.max_prompt + rollout.max_response = {asked} tokens, but {config.model.policy} has room for {room}; "
+            "lower one of them"
+        )
+    tokenizer = load_tokenizer(config.model.policy)
+    for key in ("prm", "reference"):
+        path = getattr(config.model, key)
+        if path is not None:
+            _check_same_vocabulary(tokenizer, model, key, path)
+    if not config.data.train:
+        raise ValueError("data.train is empty; give the path of a .jsonl or .parquet file of rows")
+    options = {"max_prompt_tokens": config.data.max_prompt, "drop": config.data.drop}
+    train, held_out = load_rows(config.data.train, tokenizer, **options), None
+    if config.data.eval:
+        held_out = load_rows(config.data.eval, tokenizer, limit=config.data.eval_rows, **options)
+    if distributed.rank() == 0:
+        print(train)
+    return Inputs(tokenizer, eos_ids(config.model.policy, tokenizer), train, held_out)
+
+
+def model_config(path: str) -> PretrainedConfig:
+    """The Hugging Face config of a checkpoint, or a config.json alone."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no Hugging Face config at {path!r}: give a model directory or a hub id that is cached or reachable "
+            "(a dry run needs no more than a directory with its config.json)"
+        ) from error
+
+
+def load_tokenizer(path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer at {path!r}; save the model's tokenizer beside its weights") from error
+
+
+def eos_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
+    """Every token id that ends a response: the tokenizer's and the generation config's."""
+    try:
+        listed = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a checkpoint need not have a generation config
+        listed = None
+    ids = {listed} if isinstance(listed, int) else set(listed or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError(
+            f"{path} names no EOS token, so no response would end; set eos_token in its tokenizer_config.json"
+        )
+    return tuple(sorted(ids))
+
+
+def self_check(
+    policy: Engine, prm: Engine | None, reference: Engine | None, rollout: Fleet, inputs: Inputs, config: Config
+) -> None:
+    """Sample a few responses of every engine and compare: packed with row by row, engine with trainer, PRM with
+    reference.
+
+    Raises ValueError naming what disagrees and by how much. Every rank does the same work.
+    """
+    temperature = config.rollout.temperature
+    rows = [inputs.train[i] for i in range(min(CHECK_PROMPTS * len(rollout.leaders), len(inputs.train)))]
+    tokens = min(CHECK_TOKENS, config.rollout.max_response)
+    prompts = [tuple(row["prompt_ids"]) for row in rows]
+    samples = rollout.generate([Request(i, prompt, [i], tokens, temperature) for i, prompt in enumerate(prompts)])
+    batch = Batch.of([Group(i, i, prompt, tuple(samples[i]), (0.0,)) for i, prompt in enumerate(prompts)])
+    everywhere = distributed.world_size()
+    together = [[[list(range(len(rows)))] * everywhere]]
+    one_by_one = [[[[i]] * everywhere for i in range(len(rows))]]
+    packed = _score_replicated(policy, batch, together, temperature)
+    single = _score_replicated(policy, batch, one_by_one, temperature)
+    bound = passes.AGREEMENT[policy.dtype]
+    _compare("packed rows and the same rows one at a time", packed, single, bound)
+    _compare("the rollout engine and the trainer", batch.engine_logprob.to(packed.device), packed, bound)
+    same_start = (config.model.prm or config.model.policy) == (config.model.reference or config.model.policy)
+    if prm is not None and reference is not None and same_start:
+        scored, base = (_score_replicated(engine, batch, together, 1.0) for engine in (prm, reference))
+        _compare("the PRM and its reference, which start from the same weights,", scored, base, 0.0)
+
+
+def check_every_parameter_trains(engine: Engine, name: str) -> None:
+    """After an optimizer step with a gradient: raises ValueError naming parameters that got none."""
+    frozen = engine.parameters_without_gradient()
+    if frozen:
+        raise ValueError(
+            f"{len(frozen)} parameters of the {name} got no gradient in the first step, among them {frozen[0]}; "
+            "a part of this architecture does not train here"
+        )
+
+
+def _score_replicated(engine: Engine, batch: Batch, minis: list[passes.MiniBatch], temperature: float) -> Tensor:
+    """passes.score where every rank was given all rows: the sum over ranks counts each `world size` times."""
+    return passes.score(engine, batch, minis, temperature) / distributed.world_size()
+
+
+def _compare(what: str, left: Tensor, right: Tensor, bound: float) -> None:
+    difference = float((left - right).abs().mean())
+    if not difference <= bound:
+        raise ValueError(
+            f"{what} disagree: their log-probs differ by {difference:.3g} nats on average (allowed {bound:g}); "
+            "this model does not run as the trainer assumes, so it refuses to train it"
+        )
+
+
+def _check_same_vocabulary(tokenizer: Any, model: PretrainedConfig, key: str, path: str) -> None:
+    other = model_config(path)
+    if other.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"model.{key}={path} has a vocabulary of {other.vocab_size}, the policy one of {model.vocab_size}; "
+            "policy, PRM and reference must share one tokenizer"
+        )
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"the tokenizer of model.{key}={path} differs from the policy's; policy, PRM and reference must share one"
+        )

@@ -1,0 +1,95 @@
+"""The PRIME algorithm on log-probs, in pure torch: PRM loss, policy loss, group filter, PRM accuracy.
+
+Rewards and advantages are `prime_kernels.prime_advantage`. The losses here take log-probs and share their maths with
+`prime_kernels.linear_policy_loss` and `linear_prm_loss`, which start from hidden states.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prime_kernels.reference import policy_token_loss, prm_row_loss, segment_sum
+
+ROUNDING = 1e-6  # a mean of float32 outcomes may miss an inclusive bound by this much
+
+
+def prm_loss(
+    prm_logprob: Tensor,
+    ref_logprob: Tensor,
+    outcome: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    beta: float = 0.05,
+    kind: str = "ce",
+    group: Tensor | None = None,
+) -> Tensor:
+    """The implicit PRM's loss, the mean over rows; differentiable in prm_logprob.
+
+    With Q the sum of prm_logprob - ref_logprob over a row,
+    kind="ce" (the published run, PRIME-RL/PRIME 18ad596f) is BCE(sigmoid(beta * Q), outcome);
+    kind="dpo" (detached DPO, verl-recipe 48ea0a79) is -log sigmoid(s * (beta * Q - other)), s = +1 if outcome > 0, else
+    -1, other the detached mean of beta * Q over the group's rows of smaller outcome (s = +1) or of larger (s = -1), 0
+    if there are none.
+
+    prm_logprob, ref_logprob: (T,) float, nats; outcome: (R,) float in 0..1; cu_seqlens: (R+1,) int32 or int64, no empty
+    row; group: (R,) int64, only for "dpo". Returns a scalar in the dtype of prm_logprob. Raises ValueError for another
+    kind and for "dpo" without group.
+    """
+    score = beta * segment_sum(prm_logprob - ref_logprob, cu_seqlens)
+    if kind == "ce":
+        return prm_row_loss(score, outcome.to(score.dtype)).mean()
+    if kind != "dpo":
+        raise ValueError(f"kind is {kind!r}, needs 'ce' or 'dpo'")
+    if group is None:
+        raise ValueError("kind='dpo' compares rows of a group: pass group, the id of each row's prompt")
+    good = outcome > 0
+    smaller = outcome[None, :] < outcome[:, None]
+    opposite = torch.where(good[:, None], smaller, smaller.T) & (group[None, :] == group[:, None])
+    other = opposite.to(score.dtype) @ score.detach() / opposite.sum(1).clamp(min=1)
+    return -F.logsigmoid((score - other) * torch.where(good, 1, -1)).mean()
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    token_weight: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Tensor:
+    """PPO-clip: sum(token_weight * max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))).
+
+    ratio = exp(logprob - old_logprob), the exponent limited to +-20, beyond which its gradient is 0. All (T,) float;
+    the result is a scalar, differentiable in logprob. token_weight = 1 / number of tokens is the token mean of the
+    published code (PRIME-RL/PRIME 18ad596f).
+    """
+    loss, _ = policy_token_loss(logprob, old_logprob, advantage, clip_low, clip_high)
+    return (token_weight * loss).sum()
+
+
+def keep_groups(
+    outcome: Tensor, group: Tensor, *, low: float = 0.2, high: float = 0.8, truncated: Tensor | None = None
+) -> Tensor:
+    """(R,) bool: whether low <= mean outcome of the row's group <= high, both inclusive (PRIME-RL/PRIME 18ad596f).
+
+    outcome (R,) float; group (R,) int64, any ids in any order. truncated (R,) bool, optional: a group with a truncated
+    row is not kept.
+    """
+    _, index, count = group.unique(return_inverse=True, return_counts=True)
+    mean = torch.zeros_like(count, dtype=torch.float64).index_add(0, index, outcome.double()) / count
+    keep = (mean >= low - ROUNDING) & (mean <= high + ROUNDING)
+    if truncated is not None:
+        keep[index[truncated]] = False
+    return keep[index]
+
+
+def pair_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> tuple[float, int]:
+    """(correct, pairs): of the pairs of rows of one group with different outcomes, how many the score orders alike.
+
+    A tie of scores counts one half. All (R,). Sum both over ranks and divide; 0 pairs mean that there is no accuracy.
+    """
+    pairs = (outcome[:, None] > outcome[None, :]) & (group[:, None] == group[None, :])
+    difference = (score[:, None] - score[None, :])[pairs]
+    correct = (difference > 0).sum() + 0.5 * (difference == 0).sum()
+    return correct.item(), difference.numel()

@@ -1,0 +1,5 @@
+"""Outcome rewards: responses and their rows in, numbers in [0, 1] out, computed in killable worker processes."""
+
+from prime_fast.rewards.pool import RewardPool, score
+
+__all__ = ["RewardPool", "score"]

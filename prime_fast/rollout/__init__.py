@@ -1,0 +1,90 @@
+"""Rollout engines: prompts of token ids in, sampled token ids with their log-probs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prime_fast.config import Config
+
+
+class Sample(NamedTuple):
+    tokens: Tensor  # (L,) int64, ends with EOS unless truncated
+    logprob: Tensor  # (L,) float32 nats, under the engine's weights, after temperature
+    truncated: bool  # max_tokens was reached before EOS
+
+
+class Request(NamedTuple):
+    """One group to generate: len(seeds) samples of one prompt, which share its prefill."""
+
+    key: int  # the caller's name for it
+    prompt: Sequence[int]
+    seeds: Sequence[int]  # each fixes its sample's random draws whatever else is in the batch
+    max_tokens: int
+    temperature: float  # 0 is greedy
+
+
+class EngineError(RuntimeError):
+    """The engine cannot be trusted or brought back; the run has to stop."""
+
+
+class EngineDied(EngineError):
+    """The engine's process ended or went silent; a new one may take over its work."""
+
+
+class RolloutEngine:
+    """What the trainer asks of an engine. Groups are submitted, `step` works on them, and each comes back when done."""
+
+    concurrent = False  # whether it goes on working between two steps
+
+    def submit(self, request: Request) -> None:
+        raise NotImplementedError
+
+    def step(self) -> list[tuple[int, list[Sample]]]:
+        """Work for a while; (key, samples) of the groups that finished, in any order."""
+        raise NotImplementedError
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over (name, full tensor) pairs; every parameter must come. A tensor is valid until the next is asked
+        for. Raises EngineError naming the tensor that is missing or arrived changed."""
+        raise NotImplementedError
+
+    def sleep(self) -> None:
+        """Give accelerator memory back while the trainer works."""
+
+    def wake(self) -> None:
+        """Be ready to take weights and generate."""
+
+    def restart(self) -> None:
+        """After EngineDied: a new engine without work, which needs the weights again."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release everything."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], *, max_tokens: int, temperature: float
+    ) -> list[list[Sample]]:
+        """len(seeds[i]) samples of prompt i."""
+        for key, (prompt, row) in enumerate(zip(prompts, seeds, strict=True)):
+            self.submit(Request(key, prompt, row, max_tokens, temperature))
+        results: dict[int, list[Sample]] = {}
+        while len(results) < len(prompts):
+            results.update(self.step())
+        return [results[key] for key in range(len(prompts))]
+
+
+def make_engine(
+    config: Config, path: str, eos_ids: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> RolloutEngine:
+    """The engine that config.rollout asks for, with the weights at `path`."""
+    if config.rollout.engine == "vllm":
+        from prime_fast.rollout.process import EngineProcess
+
+        return EngineProcess.for_config(config, path, eos_ids, dtype, device)
+    from prime_fast.rollout.hf import HFEngine
+
+    return HFEngine(path, eos_ids, dtype=dtype, device=device, batch=config.rollout.batch)

@@ -1,0 +1,199 @@
+"""Prompts -> responses -> outcomes -> groups worth training on; the surplus waits for the next step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prime_fast import distributed
+from prime_fast.config import RolloutConfig
+from prime_fast.data import PromptSampler, Rows
+from prime_fast.metrics import Phases
+from prime_fast.prime import keep_groups
+from prime_fast.rewards import RewardPool
+from prime_fast.rollout import Request, Sample
+from prime_fast.rollout.fleet import Fleet
+from prime_fast.rollout.verify import Verifier
+
+PRIOR_GROUPS = 8  # how many groups of this step the last step's pass rate weighs as much as
+
+
+@dataclass(frozen=True)
+class Group:
+    """K responses to one prompt."""
+
+    id: int  # number of the draw, unique in a run
+    row: int  # index of the prompt in the data
+    prompt: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    outcomes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on, the same on every rank. R rows, T response tokens in all, row after row."""
+
+    prompts: list[Tensor]  # R of (P,) int64
+    responses: list[Tensor]  # R of (L,) int64
+    engine_logprob: Tensor  # (T,) float32
+    outcome: Tensor  # (R,) float32
+    group: Tensor  # (R,) int64
+    cu_seqlens: Tensor  # (R+1,) int32
+    fresh: Tensor  # (R,) bool: sampled with the weights that are about to be updated
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], first_fresh: int = 0) -> Batch:
+        """first_fresh: the id from which groups are fresh; the ones before waited as surplus."""
+        rows = [(group, k) for group in groups for k in range(len(group.samples))]
+        samples = [group.samples[k] for group, k in rows]
+        return cls(
+            prompts=[torch.tensor(group.prompt) for group, _ in rows],
+            responses=[sample.tokens for sample in samples],
+            engine_logprob=torch.cat([sample.logprob for sample in samples]),
+            outcome=torch.tensor([group.outcomes[k] for group, k in rows], dtype=torch.float32),
+            group=torch.tensor([group.id for group, _ in rows]),
+            cu_seqlens=torch.tensor([0, *accumulate(len(sample.tokens) for sample in samples)], dtype=torch.int32),
+            fresh=torch.tensor([group.id >= first_fresh for group, _ in rows]),
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens fed per row: prompt and response but for the last one, which predicts nothing."""
+        return [len(prompt) + len(response) - 1 for prompt, response in zip(self.prompts, self.responses, strict=True)]
+
+
+class Collector:
+    """Keeps engines and verifiers busy until enough groups pass the filter.
+
+    Active sampling without a bias towards short answers: prompts start in a fixed order, every group that was started
+    is finished, and a step takes passing groups in the order in which they started, never in the order in which they
+    finished. Whether one more prompt starts depends on the outcomes of the groups before it alone, each looked at in
+    its turn, so a rerun starts the same ones. Groups that pass beyond the need open the next step.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, seed: int, rows: Rows, fleet: Fleet, pool: RewardPool, tokenizer: Any
+    ) -> None:
+        self.config, self.seed, self.rows = config, seed, rows
+        self.fleet, self.tokenizer = fleet, tokenizer
+        self.pool, self.verifier = pool, Verifier(pool)
+        self.sampler = PromptSampler(len(rows), seed)
+        self.drawn = 0  # groups started so far, which numbers them
+        self.pass_rate = 1.0  # of the last step's groups; at first no group too many is started
+        self.surplus: list[Group] = []
+        self.rows_in_work: dict[int, tuple[int, dict]] = {}  # of this rank: key -> (index, row)
+
+    def collect(self, phases: Phases) -> tuple[list[Group], dict[str, float], list[Group]]:
+        """Groups to train on (at most config.prompts), metrics of all fresh rollouts, and those fresh groups.
+
+        At most config.max_rounds * config.prompts prompts are started. Identical on every rank.
+        """
+        need = self.config.prompts - len(self.surplus)
+        started, fresh, passing = self.drawn, [], []  # fresh: the groups looked at, in the order of their start
+        arrived: dict[int, Group] = {}
+        while True:
+            self._start(self._wanted(need - len(passing), len(fresh), len(passing), self.drawn - started))
+            turn = started + len(fresh)
+            if turn == self.drawn:
+                break
+            while turn not in arrived:
+                arrived |= {group.id: group for group in self._tick(phases)}
+            fresh.append(arrived[turn])
+            passing += [arrived[turn]] if self._worth_training(arrived[turn]) else []
+        if fresh:
+            self.pass_rate = len(passing) / len(fresh)
+        kept = self.surplus + passing
+        kept, self.surplus = kept[: self.config.prompts], kept[self.config.prompts :]
+        return kept, self._metrics(fresh, len(passing)), fresh
+
+    def evaluate(self, rows: Rows) -> dict[str, float]:
+        """Greedy accuracy and mean response length over `rows`."""
+        self._submit({i: (i, [0]) for i in range(len(rows))}, rows, temperature=0.0)
+        results, phases = [], Phases()
+        while len(results) < len(rows):
+            results += [(group.outcomes[0], len(group.samples[0].tokens)) for group in self._tick(phases)]
+        accuracy, length = torch.tensor(sorted(results), dtype=torch.float64).mean(0).tolist()
+        return {"eval_accuracy": accuracy, "eval_response_length": length}
+
+    def state_dict(self) -> dict[str, Any]:
+        surplus = [(g.id, g.row, g.prompt, [tuple(s) for s in g.samples], g.outcomes) for g in self.surplus]
+        position = {"sampler": self.sampler.state_dict(), "drawn": self.drawn, "pass_rate": self.pass_rate}
+        return position | {"surplus": surplus}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.drawn, self.pass_rate = state["drawn"], state["pass_rate"]
+        self.surplus = [
+            Group(id_, row, tuple(prompt), tuple(Sample(*sample) for sample in samples), tuple(outcomes))
+            for id_, row, prompt, samples, outcomes in state["surplus"]
+        ]
+
+    def close(self) -> None:
+        self.verifier.close()
+
+    def _wanted(self, missing: int, looked_at: int, passed: int, started: int) -> int:
+        """How many more prompts to start, so that the groups in work are expected to bring what is missing."""
+        rate = (PRIOR_GROUPS * self.pass_rate + passed) / (PRIOR_GROUPS + looked_at)
+        in_work, room = started - looked_at, self.config.max_rounds * self.config.prompts - started
+        wanted = 0
+        while wanted < room and rate * (in_work + wanted) < missing:
+            wanted += 1
+        return wanted
+
+    def _start(self, count: int) -> None:
+        if count == 0:
+            return
+        draws = enumerate(self.sampler.take(count), start=self.drawn)
+        self.drawn += count
+        jobs = {id_: (row, [self._seed(id_, k) for k in range(self.config.samples)]) for id_, row in draws}
+        self._submit(jobs, self.rows, self.config.temperature)
+
+    def _submit(self, jobs: dict[int, tuple[int, list[int]]], rows: Rows, temperature: float) -> None:
+        """jobs: key -> (index of the prompt in `rows`, seeds)."""
+        requests = []
+        for key, (index, seeds) in jobs.items():
+            if self.fleet.mine(key):
+                self.rows_in_work[key] = index, rows[index]
+                prompt = rows[index]["prompt_ids"]
+                requests.append(Request(key, prompt, seeds, self.config.max_response, temperature))
+        self.fleet.submit(requests)
+
+    def _tick(self, phases: Phases) -> list[Group]:
+        """Let the engines and the verifier work for a while; the groups of all ranks that are complete now."""
+        with phases("generate"):
+            for key, samples in self.fleet.step():
+                index, row = self.rows_in_work.pop(key)
+                texts = [self.tokenizer.decode(sample.tokens, skip_special_tokens=True) for sample in samples]
+                self.verifier.put((key, index, tuple(row["prompt_ids"]), tuple(samples)), texts, row)
+        with phases("reward"):  # an engine that works by itself is not kept waiting
+            scored = self.verifier.take(wait=not (self.fleet.concurrent and self.fleet.pending))
+        with phases("generate"):
+            return distributed.gather_lists([Group(*start, outcomes) for start, outcomes in scored])
+
+    def _worth_training(self, group: Group) -> bool:
+        outcome = torch.tensor(group.outcomes)
+        low, high = self.config.keep
+        return bool(keep_groups(outcome, torch.zeros(len(outcome), dtype=torch.int64), low=low, high=high)[0])
+
+    def _metrics(self, groups: list[Group], passed: int) -> dict[str, float]:
+        if not groups:  # the surplus alone filled the step
+            return {"rollouts": self.drawn * self.config.samples}
+        samples = [sample for group in groups for sample in group.samples]
+        outcomes = [outcome for group in groups for outcome in group.outcomes]
+        return {
+            "rollouts": self.drawn * self.config.samples,
+            "outcome": sum(outcomes) / len(outcomes),
+            "groups_kept": passed / len(groups),
+            "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
+            "truncated": sum(sample.truncated for sample in samples) / len(samples),
+            "reward_timeouts": sum(distributed.gather_lists([self.pool.counts["timeouts"]])),
+        }
+
+    def _seed(self, group: int, k: int) -> int:
+        return random.Random(f"{self.seed}/{group}/{k}").getrandbits(63)

@@ -1,0 +1,119 @@
+"""The engines of all ranks, driven together: who serves which group, weight syncs, and what happens when one dies.
+
+Every method is called by every rank at the same point, for gathering ZeRO-3 weights takes all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from prime_fast import distributed
+from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, Sample
+
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+class Fleet:
+    """engine: this rank's own, or None where another rank's serves it too. weights: a fresh pass over the policy's.
+
+    An engine that dies is restarted, gets the weights and redoes its unfinished groups: once, until the next step has
+    been made (`settled`). A second death raises EngineError on every rank.
+    """
+
+    def __init__(self, engine: RolloutEngine | None, weights: Weights) -> None:
+        self.engine, self.weights = engine, weights
+        led = distributed.gather_lists([engine is not None])
+        self.leaders = [rank for rank, leads in enumerate(led) if leads]
+        if not self.leaders:
+            raise ValueError("no rank has a rollout engine; give rollout.vllm.gpus at least tensor_parallel_size GPUs")
+        self.pending: dict[int, Request] = {}  # this rank's unfinished groups
+        self.restarts, self.asleep = 0, False
+
+    @property
+    def concurrent(self) -> bool:
+        return self.engine is None or self.engine.concurrent
+
+    def mine(self, key: int) -> bool:
+        return self.leaders[key % len(self.leaders)] == distributed.rank()
+
+    def submit(self, requests: list[Request]) -> None:
+        """Start groups of this rank (`mine`). A rank may have none, but calls."""
+        self.pending |= {request.key: request for request in requests}
+        self._together(lambda: [self.engine.submit(request) for request in requests])
+
+    def step(self) -> list[tuple[int, list[Sample]]]:
+        """Groups of this rank that have finished since the last call."""
+        done = self._together(lambda: self.engine.step() if self.pending else []) or []
+        for key, _ in done:
+            del self.pending[key]
+        return done
+
+    def generate(self, requests: list[Request]) -> dict[int, list[Sample]]:
+        """All requests' samples by key, on every rank; every rank gives the same requests."""
+        self.submit([request for request in requests if self.mine(request.key)])
+        results: dict[int, list[Sample]] = {}
+        while len(results) < len(requests):
+            results |= dict(distributed.gather_lists(self.step()))
+        return results
+
+    def sync(self) -> None:
+        """Give every engine the policy's present weights, and make sure that it holds them."""
+        self._together(self._push)
+
+    def sleep(self) -> None:
+        before, self.asleep = self.restarts, True
+        self._together(lambda: self.engine and self.engine.sleep())
+        if self.restarts > before:  # a new engine is awake
+            self._together(lambda: self.engine and self.engine.sleep())
+
+    def wake(self) -> None:
+        if self.asleep:
+            self._together(lambda: self.engine and self.engine.wake())
+            self.asleep = False
+
+    def settled(self) -> None:
+        """A step was completed: an engine that dies from now on gets its second chance again."""
+        self.restarts = 0
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+    def _push(self) -> None:
+        weights = self.weights()
+        try:
+            if self.engine is not None:
+                self.engine.load_weights(weights)
+        finally:
+            for _ in weights:  # the other ranks go on gathering
+                pass
+
+    def _together(self, action: Callable[[], Any]) -> Any:
+        """Do it on every rank; where an engine died, bring it back with weights and work. Other errors go to all."""
+        result, own = None, None
+        try:
+            result = action()
+        except EngineError as error:
+            own = error
+        errors = distributed.gather_lists([] if own is None else [own])
+        if not errors:
+            return result
+        fatal = [error for error in errors if not isinstance(error, EngineDied)]
+        if fatal or self.restarts:
+            raise own or EngineError(str((fatal or errors)[0]))
+        self.restarts += 1
+        if distributed.rank() == 0:
+            print(f"{errors[0]}; restarting it", flush=True)
+        self._together(self.engine.restart if own else lambda: None)
+        self._together(self._push if own else self._follow)
+        if own:
+            for request in self.pending.values():
+                self.engine.submit(request)
+        return result
+
+    def _follow(self) -> None:
+        for _ in self.weights():
+            pass

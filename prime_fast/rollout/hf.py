@@ -1,0 +1,146 @@
+"""The embedded rollout engine: a Hugging Face model with a KV cache, batched, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from prime_fast.rollout import EngineError, Request, RolloutEngine, Sample
+
+COMPACT_BELOW = 0.75  # drop finished sequences from the cache once fewer than this share is still running
+
+
+class HFEngine(RolloutEngine):
+    """Prompts are prefilled once and their cache is repeated for the samples; finished sequences leave the batch."""
+
+    def __init__(
+        self, path: str, eos_ids: Sequence[int], *, dtype: torch.dtype, device: torch.device, batch: int = 256
+    ) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        self.model.to(device).eval().requires_grad_(False)
+        self.device, self.batch = device, batch
+        self.eos = torch.tensor(sorted(eos_ids), device=device)
+        self.waiting: list[Request] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        missing = dict(self.model.named_parameters())
+        for name, tensor in weights:
+            if name not in missing:
+                raise EngineError(f"the rollout engine has no parameter {name}; its model and the trainer's differ")
+            missing.pop(name).data.copy_(tensor)
+        if missing:
+            raise EngineError(
+                f"{len(missing)} parameters of the rollout engine got no weights, among them {min(missing)}"
+            )
+
+    def sleep(self) -> None:
+        if self.device.type == "cuda":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+
+    def close(self) -> None:
+        del self.model
+
+    def submit(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, list[Sample]]]:
+        """Decode one batch to its end: the longest prompts, for what does not fit shows at once."""
+        self.waiting.sort(key=lambda request: (len(request.prompt), request.key))
+        if not self.waiting:
+            return []
+        chosen = [self.waiting.pop()]
+        count, like = len(chosen[0].seeds), (chosen[0].max_tokens, chosen[0].temperature)
+        while self.waiting and count + len(self.waiting[-1].seeds) <= self.batch:
+            if (self.waiting[-1].max_tokens, self.waiting[-1].temperature) != like:
+                break
+            chosen.append(self.waiting.pop())
+            count += len(chosen[-1].seeds)
+        samples = self._decode([request.prompt for request in chosen], [request.seeds for request in chosen], *like)
+        return [(request.key, [next(samples) for _ in request.seeds]) for request in chosen]
+
+    def _decode(self, prompts, seeds, max_tokens: int, temperature: float) -> Iterator[Sample]:
+        """Yields a Sample per (prompt, seed) in order."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        cache = DynamicCache()
+        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp_(min=0), cache)
+
+        repeats = torch.tensor([len(row) for row in seeds], device=self.device)
+        owner = torch.arange(len(prompts), device=self.device).repeat_interleave(repeats)
+        cache.batch_select_indices(owner)
+        logits, mask = logits[owner], mask[owner]
+        draws = torch.stack([_uniform(seed, max_tokens) for row in seeds for seed in row]).to(self.device)
+        position = mask.sum(1)
+
+        count = len(owner)
+        tokens = torch.zeros(count, max_tokens, dtype=torch.int64, device=self.device)
+        logprob = torch.zeros(count, max_tokens, device=self.device)
+        length = torch.full((count,), max_tokens, device=self.device)
+        stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
+        running = torch.arange(count, device=self.device)  # which sequence each cache row belongs to
+        for step in range(max_tokens):
+            chosen, chosen_logprob = _sample(logits, draws[running, step], temperature)
+            tokens[running, step], logprob[running, step] = chosen, chosen_logprob
+            ends = torch.isin(chosen, self.eos) & ~stopped[running]
+            length[running[ends]] = step + 1
+            stopped[running[ends]] = True
+            alive = ~stopped[running]
+            left = int(alive.sum())
+            if left == 0 or step + 1 == max_tokens:
+                break
+            if left < COMPACT_BELOW * len(running):
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                running, mask, chosen = running[keep], mask[keep], chosen[keep]
+            mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
+            logits = self._forward(chosen[:, None], mask, (position[running] + step)[:, None], cache)
+
+        lengths, ended = length.tolist(), stopped.tolist()
+        tokens, logprob = tokens.cpu(), logprob.cpu()
+        for i in range(count):
+            yield Sample(tokens[i, : lengths[i]].clone(), logprob[i, : lengths[i]].clone(), not ended[i])
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits of the last position, (B, V) float32."""
+        return (
+            self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
+
+
+def _sample(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: logits (B, V), draws (B,) in [0, 1) -> token (B,), log-prob after temperature (B,)."""
+    if temperature == 0:
+        logprob = logits.log_softmax(-1)
+        chosen = logits.argmax(-1)
+    else:
+        logprob = (logits / temperature).log_softmax(-1)
+        cumulative = logprob.double().exp().cumsum(-1)
+        chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        chosen = chosen.clamp_(max=logits.shape[-1] - 1)
+    return chosen, logprob.gather(1, chosen[:, None])[:, 0]
+
+
+def _uniform(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,0 +1,262 @@
+"""A vLLM engine in a process of its own: it can die, hang or be killed without taking the trainer along.
+
+Weights travel as CUDA IPC handles (the engine's workers read the trainer's bucket where it lies) or, on a CPU, as bytes
+through the socket; never over the disk. One bucket is gathered while the engine loads the one before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import cycle
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from prime_fast import distributed
+from prime_fast.config import Config
+from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, Sample
+from prime_fast.rollout.server import unpack
+from prime_fast.rollout.vllm import check_installed
+from prime_fast.rollout.weights import BUCKET_BYTES, Entry, transfer
+
+CPU_BUCKET_BYTES = 32 << 20
+TICK_SECONDS = 0.2  # how long a step listens when nothing finishes
+CLOSE_SECONDS = 5.0
+# of a process group that is not the engine's; expandable segments do not go with vLLM's sleep mode
+FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+IPC_DEVICE = 6  # where the device's index stands among the arguments of torch's rebuild_cuda_tensor
+
+
+class Deadlines(NamedTuple):
+    """Seconds after which the engine counts as dead."""
+
+    start: float = 900.0
+    request: float = 600.0  # for an answer: a bucket of weights, sleep, wake
+    silence: float = 300.0  # without a sign of life while it generates
+
+
+class EngineProcess(RolloutEngine):
+    """Runs `VLLMEngine(**settings)` behind a socket.
+
+    gpus: what the engine may see, as CUDA_VISIBLE_DEVICES would name it. source: which of these the trainer's buckets
+    lie on. Raises EngineDied where a call finds the process gone or past a deadline.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        device: torch.device,
+        *,
+        gpus: Sequence[str] = (),
+        source: int = 0,
+        deadlines: Deadlines = Deadlines(),  # noqa: B008
+    ) -> None:
+        check_installed()
+        self.settings, self.device, self.gpus, self.source = settings, device, gpus, source
+        self.deadlines = deadlines
+        self.start()
+
+    @classmethod
+    def for_config(
+        cls, config: Config, path: str, eos_ids: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> EngineProcess | None:
+        """This rank's engine, or None where another rank's serves it too (tensor parallel, or fewer GPUs than ranks).
+
+        rollout.vllm: arguments of `vllm.LLM`, and two of ours: `gpus`, those of each node that the engines have to
+        themselves (default: engine and trainer share), and `bucket_mib`, the size of a weight bucket.
+        """
+        options = dict(config.rollout.vllm)
+        own, width = options.pop("gpus", None), options.get("tensor_parallel_size", 1)
+        default = BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
+        bucket_bytes = options.pop("bucket_mib", default >> 20) << 20
+        gpus, source = [], 0
+        if device.type == "cuda":
+            index, ranks = device.index, distributed.local_world_size()
+            names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            visible = names.split(",")
+            if own is None:
+                if ranks % width:
+                    raise ValueError(f"rollout.vllm.tensor_parallel_size={width} does not divide {ranks} ranks a node")
+                gpus = visible[index : index + width] if index % width == 0 else []
+            else:
+                gpus = [visible[gpu] for gpu in own[index * width : (index + 1) * width]]
+                source = len(gpus)
+                options.setdefault("gpu_memory_utilization", 0.9)
+            if len(gpus) < width:
+                return None
+            gpus += [visible[index]] * (own is not None)
+        settings = {
+            "path": path,
+            "eos_ids": list(eos_ids),
+            "dtype": dtype,
+            "longest": config.data.max_prompt + config.rollout.max_response,
+            "batch": config.rollout.batch,
+            "bucket_bytes": bucket_bytes,
+            "options": options,
+        }
+        return cls(settings, device, gpus=gpus, source=source)
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        wait = struct.pack("ll", int(self.deadlines.request), 0)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        command = [sys.executable, "-m", "prime_fast.rollout.server", str(theirs.fileno()), str(os.getpid())]
+        self.process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the trainer, which then ends it
+            command, pass_fds=[theirs.fileno()], env=self._environment(), start_new_session=True
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self.finalizer = weakref.finalize(self, _end, self.process, self.connection)
+        self.heard, self.loads = time.monotonic(), 0
+        self.working: set[int] = set()
+        self.finished: list[tuple[int, list[Sample]]] = []
+        self._send(self.settings)
+        self._answer(self.deadlines.start, "starting")
+
+    def restart(self) -> None:
+        self.finalizer()
+        self.start()
+
+    def submit(self, request: Request) -> None:
+        if not self.working:
+            self.heard = time.monotonic()
+        self.working.add(request.key)
+        self._send(("submit", request))
+
+    def step(self) -> list[tuple[int, list[Sample]]]:
+        """Listen until groups finish, but not long."""
+        seconds = 0.0 if self.finished else TICK_SECONDS
+        while self.working and self.connection.poll(seconds):
+            self._note(self._receive())
+            seconds = 0.0
+        if self.working and not self.finished and time.monotonic() - self.heard > self.deadlines.silence:
+            self._died(f"gave no sign of life for {self.deadlines.silence:g} s while generating")
+        done, self.finished = self.finished, []
+        self.working -= {key for key, _ in done}
+        return done
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        flats = [torch.empty(self.settings["bucket_bytes"], dtype=torch.uint8, device=self.device) for _ in range(2)]
+        travelling: deque[Tensor] = deque()
+
+        def landed() -> None:
+            self._answer(self.deadlines.request, "loading weights")
+            travelling.popleft()
+
+        def load(entries: list[Entry], flat: Tensor) -> None:
+            self._send_bucket(entries, flat)
+            travelling.append(flat)
+            if len(travelling) == len(flats):
+                landed()
+
+        def finish() -> Any:
+            while travelling:
+                landed()
+            return self._call("end_load")
+
+        self._call("begin_load")
+        transfer(weights, cycle(flats), load, finish)
+        self.loads += 1
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
+
+    def sleep(self) -> None:
+        self._call("sleep")
+
+    def wake(self) -> None:
+        self._call("wake")
+
+    def close(self) -> None:
+        self.finalizer()
+
+    def _send_bucket(self, entries: list[Entry], flat: Tensor) -> None:
+        if flat.is_cuda:
+            torch.cuda.current_stream().synchronize()  # the reader is in another process: its stream cannot wait
+            rebuild, arguments = reduce_tensor(flat)
+            arguments = (*arguments[:IPC_DEVICE], self.source, *arguments[IPC_DEVICE + 1 :])
+            self._send(("load_bucket", entries, (rebuild, arguments)))
+        else:
+            self._send(("load_bytes", entries))
+            self._send(memoryview(flat.numpy())[: entries[-1].start + entries[-1].size])
+
+    def _call(self, verb: str) -> Any:
+        self._send((verb,))
+        return self._answer(self.deadlines.request, verb)
+
+    def _send(self, message: Any) -> None:
+        try:
+            if isinstance(message, memoryview):
+                self.connection.send_bytes(message)
+            else:
+                self.connection.send(message)
+        except OSError as error:  # gone, or it has not read for as long as the socket waits
+            self._died(f"took no more messages ({error})")
+
+    def _answer(self, seconds: float, doing: str) -> Any:
+        """The result of the oldest request; groups that finish meanwhile are kept for `step`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if not self.connection.poll(max(0.0, deadline - time.monotonic())):
+                self._died(f"did not answer within {seconds:g} s while {doing}")
+            kind, *content = self._receive()
+            if kind == "ok":
+                return content[0]
+            self._note((kind, *content))
+
+    def _receive(self) -> tuple:
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            self._died("ended")
+        self.heard = time.monotonic()
+        if message[0] == "error":
+            _, mistake, text = message
+            if mistake:
+                self.close()
+                raise ValueError(f"the rollout engine refused: {text.removeprefix('ValueError: ')}")
+            self._died(f"failed with {text}")
+        return message
+
+    def _note(self, message: tuple) -> None:
+        _, loads, groups = message
+        if loads != self.loads:
+            raise EngineError(f"the rollout engine generates with weights {loads}, the trainer sent it {self.loads}")
+        self.finished += [(key, [unpack(sample) for sample in samples]) for key, samples in groups]
+
+    def _died(self, how: str) -> None:
+        self.finalizer()
+        raise EngineDied(f"the rollout engine's process {how}; exit code {self.process.returncode}")
+
+    def _environment(self) -> dict[str, str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+        ours["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        if "expandable_segments" in ours.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+            del ours["PYTORCH_CUDA_ALLOC_CONF"]
+        if self.gpus:
+            ours["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+        return ours
+
+
+def _end(process: subprocess.Popen, connection: Connection) -> None:
+    """End the process, whatever it started, and reap it. A closed socket asks it to go by itself."""
+    connection.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(CLOSE_SECONDS if process.poll() is None else 0)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,77 @@
+"""The far end of `process.EngineProcess`: `python -m prime_fast.rollout.server FD PARENT`; FD is the socket.
+
+Requests are tuples (verb, *arguments), answered by ("ok", result) in their order, but for "submit", which has no
+answer: while groups are in work ("done", loads, groups) comes whenever some finish, and at least every second as a sign
+of life; `loads` counts the weights taken so far. An exception is reported as ("error", is it a ValueError, text), and
+ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from prime_fast.rollout import Sample
+
+BEAT_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parent, connection = int(sys.argv[2]), Connection(int(sys.argv[1]))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the trainer's end is ours, however it comes
+    if os.getppid() != parent:
+        return
+    os.dup2(2, 1)  # stdout belongs to the trainer
+    try:
+        serve(connection)
+    except (EOFError, ConnectionError):
+        pass
+    except Exception as error:
+        connection.send(("error", isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
+        raise
+
+
+def serve(connection: Connection) -> None:
+    from prime_fast.rollout.vllm import VLLMEngine
+
+    engine = VLLMEngine(**connection.recv())
+    connection.send(("ok", None))
+    loads, last = 0, time.monotonic()
+    while True:
+        while connection.poll(0 if engine.busy else None):
+            verb, *arguments = connection.recv()
+            if verb == "load_bytes":
+                (entries,) = arguments
+                data = bytearray(entries[-1].start + entries[-1].size)
+                connection.recv_bytes_into(data)
+                verb, arguments = "load_bucket", (entries, torch.frombuffer(data, dtype=torch.uint8))
+            result = getattr(engine, verb)(*arguments)
+            loads += verb == "end_load"
+            if verb != "submit":
+                connection.send(("ok", result))
+        done, now = engine.step(), time.monotonic()
+        if done or now - last > BEAT_SECONDS:
+            connection.send(("done", loads, [(key, [pack(sample) for sample in samples]) for key, samples in done]))
+            last = now
+
+
+def pack(sample: Sample) -> tuple[Any, Any, bool]:
+    """As arrays, for a tensor would travel as a file descriptor of shared memory."""
+    return sample.tokens.numpy(), sample.logprob.numpy(), sample.truncated
+
+
+def unpack(packed: tuple[Any, Any, bool]) -> Sample:
+    tokens, logprob, truncated = packed
+    return Sample(torch.from_numpy(tokens), torch.from_numpy(logprob), truncated)
+
+
+if __name__ == "__main__":
+    main()

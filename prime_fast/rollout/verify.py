@@ -1,0 +1,43 @@
+"""Outcomes of finished groups, found in the reward pool's workers while the engines go on."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from prime_fast.rewards import RewardPool
+
+
+class Verifier:
+    """One thread waits for the pool; what arrives meanwhile makes its next call."""
+
+    def __init__(self, pool: RewardPool) -> None:
+        self.pool = pool
+        self.thread = ThreadPoolExecutor(1, "verifier")
+        self.queue: list[tuple[Any, list[str], dict]] = []
+        self.items: list[tuple[Any, int]] = []  # in the running call: (item, number of its responses)
+        self.call: Future[list[float]] | None = None
+
+    def put(self, item: Any, texts: list[str], row: dict) -> None:
+        """Ask for the outcomes of responses to one row."""
+        self.queue.append((item, texts, row))
+
+    def take(self, wait: bool) -> list[tuple[Any, tuple[float, ...]]]:
+        """(item, outcomes) of what has been scored by now; with `wait`, of everything."""
+        scored = []
+        while True:
+            if self.call is not None and (wait or self.call.done()):
+                outcomes = iter(self.call.result())
+                scored += [(item, tuple(next(outcomes) for _ in range(count))) for item, count in self.items]
+                self.call = None
+            if self.call is None and self.queue:
+                self.items = [(item, len(texts)) for item, texts, _ in self.queue]
+                responses = [text for _, texts, _ in self.queue for text in texts]
+                rows = [row for _, texts, row in self.queue for _ in texts]
+                self.queue = []
+                self.call = self.thread.submit(self.pool.score, responses, rows)
+            if not (wait and self.call):
+                return scored
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)

