@@ -1,0 +1,111 @@
+"""Does a PRM that saw only outcomes find the wrong steps? On the runs that benchmarks.learning left behind.
+
+    python -m benchmarks.credit --out runs/learning --seeds 0 1 2
+
+The quickstart's task knows which steps are right; training never does. For fresh responses of the SFT policy and of the
+trained one, each PRM's log-ratio to the reference at a step's result digit is compared between right and wrong steps:
+the AUC is the chance that a right step's is larger, 0.5 for a PRM that knows nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prime_kernels
+from prime_fast import packing
+from prime_fast.checkpoint import latest
+from prime_fast.data import load_rows
+from prime_fast.model import PackedLM
+from prime_fast.quickstart import step_labels
+from prime_fast.rollout.hf import HFEngine
+
+PROBLEMS, SAMPLES, LONGEST = 256, 4, 40
+CPU = torch.device("cpu")
+
+
+def area_under_curve(positive: Tensor, negative: Tensor) -> float:
+    """Chance that a value of `positive` (P,) exceeds one of `negative` (N,), ties counting one half."""
+    ranks = torch.cat([positive, negative]).double()
+    order = ranks.sort().values
+    below = torch.searchsorted(order, ranks, side="left")
+    upto = torch.searchsorted(order, ranks, side="right")
+    rank_sum = ((below + upto + 1).double() / 2)[: len(positive)].sum()
+    return float((rank_sum - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
+
+
+class Responses:
+    """Sampled responses of one policy, packed, with the places of their result digits."""
+
+    def __init__(self, policy: Path, data: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(policy)
+        rows = load_rows(str(data), tokenizer, max_prompt_tokens=LONGEST, limit=PROBLEMS)
+        rows = [rows[i] for i in range(len(rows))]
+        engine = HFEngine(str(policy), [tokenizer.eos_token_id], dtype=torch.float32, device=CPU)
+        seeds = [[SAMPLES * i + k for k in range(SAMPLES)] for i in range(len(rows))]
+        results = engine.generate([row["prompt_ids"] for row in rows], seeds, max_tokens=LONGEST, temperature=1.0)
+        prompts, responses, self.right, self.wrong, offset = [], [], [], [], [0]
+        for row, samples in zip(rows, results, strict=True):
+            for sample in samples:
+                prompts.append(torch.tensor(row["prompt_ids"]))
+                responses.append(sample.tokens)
+                text = tokenizer.decode(sample.tokens, skip_special_tokens=True)
+                for position, is_right in step_labels(row["prompt"][0]["content"], text):
+                    (self.right if is_right else self.wrong).append(offset[-1] + position)
+                offset.append(offset[-1] + len(sample.tokens))
+        self.pack = packing.pack(range(len(responses)), prompts, responses, offset)
+
+    @torch.no_grad()
+    def logprob(self, model: Path) -> Tensor:
+        """(T,) log-probs of the response tokens under a Hugging Face checkpoint."""
+        lm = PackedLM(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)).eval()
+        values = lm(self.pack, lambda h, w, bias: prime_kernels.linear_logprob(h, w, self.pack.targets, bias=bias))
+        flat = torch.zeros(len(values))
+        self.pack.put(flat, values)
+        return flat
+
+    def step_auc(self, prm: Path, reference: Path) -> float:
+        ratio = self.logprob(prm) - self.logprob(reference)
+        return area_under_curve(ratio[self.right], ratio[self.wrong])
+
+
+def measure(out: Path, seed: int) -> dict[str, dict[str, float]]:
+    sft = out / (f"sft-seed{seed}" if (out / f"sft-seed{seed}").exists() else "sft") / "model"
+    task = out / (f"task-seed{seed}" if (out / f"task-seed{seed}").exists() else "task")
+    newest = latest(out / f"prime-seed{seed}")
+    if newest is None:
+        raise SystemExit(f"benchmarks.credit: {out} holds no finished prime-seed{seed}; run benchmarks.learning first")
+    prms = {"online": newest / "prm"}
+    offline = latest(out / f"offline-seed{seed}")
+    if offline is not None:
+        prms["frozen"] = offline / "prm"
+    result = {}
+    for name, policy in (("SFT policy", sft), ("trained policy", newest / "policy")):
+        responses = Responses(policy, task / "eval.jsonl")
+        shares = {"wrong_steps": len(responses.wrong) / (len(responses.right) + len(responses.wrong))}
+        result[name] = shares | {prm: responses.step_auc(path, sft) for prm, path in prms.items()}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.credit", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    results = {seed: measure(options.out, seed) for seed in options.seeds}
+    (options.out / "credit.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("| seed | responses of | wrong steps | step AUC, online PRM | step AUC, frozen PRM |\n|---|---|---|---|---|")
+    for seed, policies in results.items():
+        for policy, row in policies.items():
+            numbers = [row["online"], row.get("frozen", float("nan"))]
+            cells = [str(seed), policy, f"{row['wrong_steps']:.3f}", *(f"{number:.2f}" for number in numbers)]
+            print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Throughput of the reward pool, against a process for each sample.
+
+    python -m benchmarks.rewards --math gsm8k.jsonl math500.jsonl --code leetcode.jsonl
+
+1024 worked solutions, every fourth against another row's ground truth, and 256 programs: right, wrong and endless ones
+for LeetCode rows (100 asserts each) and for a stdin task. A process per sample does the same grading in a new
+interpreter each, so many at a time as the pool has workers, on the first samples that are not endless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from prime_fast.rewards import RewardPool
+
+MATH_SAMPLES, CODE_SAMPLES = 1024, 256
+ENDLESS = ("while True: pass",) * 11 + ("import time\nwhile True: time.sleep(60)",)
+WRONG_SHARE = 0.45
+ALONE = {"math": 24, "code": 24}  # samples of the process-per-sample measurement
+ALONE_PROGRAM = """
+import json, sys
+from prime_fast.rewards.functions import load_reward
+response, row = json.load(sys.stdin)
+print(load_reward(sys.argv[1])(response, row))
+"""
+
+SOLUTIONS = {  # by method, our own
+    "minimumPushes": "return sum(n * (1 + i // 8) for i, n in enumerate(sorted(Counter(word).values())[::-1]))",
+    "canSortArray": """
+        runs = [list(run) for _, run in groupby(nums, key=int.bit_count)]
+        return [x for run in runs for x in sorted(run)] == sorted(nums)""",
+    "maxFrequencyElements": "n = Counter(nums).values(); return sum(x for x in n if x == max(n))",
+    "areaOfMaxDiagonal": "return max((a * a + b * b, a * b) for a, b in dimensions)[1]",
+    "hasTrailingZeros": "return sum(x % 2 == 0 for x in nums) > 1",
+    "findIntersectionValues": "return [sum(x in nums2 for x in nums1), sum(x in nums1 for x in nums2)]",
+    "maximumStrongPairXor": "return max(x ^ y for x in nums for y in nums if abs(x - y) <= min(x, y))",
+    "minChanges": "return sum(s[i] != s[i + 1] for i in range(0, len(s), 2))",
+}
+SUM = {"inputs": [f"{i} {i * i}\n" for i in range(20)], "outputs": [f"{i + i * i}\n" for i in range(20)]}
+SUM_RIGHT, SUM_WRONG = "print(sum(map(int, input().split())))", "print(sum(map(int, input().split())) // 20 * 20)"
+
+
+def math_samples(paths: Sequence[str]) -> tuple[list[str], list[dict]]:
+    rows = [json.loads(line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    random.Random(0).shuffle(rows)
+    rows = [row for row in rows if row["extra_info"].get("solution")][:MATH_SAMPLES]
+    responses = [row["extra_info"]["solution"] for row in rows]
+    return responses, [rows[i - 1] if i % 4 == 3 else row for i, row in enumerate(rows)]
+
+
+def code_samples(path: str) -> tuple[list[str], list[dict], list[str]]:
+    """Programs, rows and what each program is: "right", "wrong" or "endless"."""
+    tasks = [({"ability": "code", "reward_model": {"ground_truth": json.dumps(SUM)}}, SUM_RIGHT, SUM_WRONG)]
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        head = row["prompt"][0]["content"].partition("```python\n")[2].partition("```")[0].rstrip()
+        for method, body in SOLUTIONS.items():
+            if f"def {method}(" in head:
+                tasks.append((row, f"{head}\n        {body.strip()}", f"{head}\n        return 1"))
+    rng, samples = random.Random(0), []
+    for index in range(CODE_SAMPLES):
+        row, right, wrong = tasks[index % len(tasks)]
+        if index < len(ENDLESS):
+            kind, program = "endless", ENDLESS[index]
+        else:
+            kind, program = ("wrong", wrong) if rng.random() < WRONG_SHARE else ("right", right)
+        samples.append((f"So:\n```python\n{program}\n```", row, kind))
+    rng.shuffle(samples)
+    responses, rows, kinds = map(list, zip(*samples, strict=True))
+    return responses, rows, kinds
+
+
+def timed(work: Callable) -> tuple[float, list[float]]:
+    start = time.perf_counter()
+    outcomes = work()
+    return time.perf_counter() - start, outcomes
+
+
+def alone(reward: str, responses: list[str], rows: list[dict], workers: int) -> list[float]:
+    def one(sample: tuple[str, dict]) -> float:
+        command = [sys.executable, "-c", ALONE_PROGRAM, reward]
+        return float(
+            subprocess.run(command, input=json.dumps(sample), capture_output=True, text=True, check=True).stdout
+        )
+
+    with ThreadPoolExecutor(workers) as threads:
+        return list(threads.map(one, zip(responses, rows, strict=True)))
+
+
+def measure(reward: str, responses: list[str], rows: list[dict], short: list[int], workers: int) -> dict:
+    """short: indices of samples that are not endless."""
+    pick = lambda indices: ([responses[i] for i in indices], [rows[i] for i in indices])  # noqa: E731
+    few = short[: ALONE[reward]]
+    with RewardPool(reward, workers) as pool:
+        pool.score(*pick(few))  # the workers are up
+        pooled, _ = timed(lambda: pool.score(*pick(short)))
+    before = cpu_seconds()
+    with RewardPool(reward, workers) as pool:
+        pool.score(*pick(few))
+        seconds, outcomes = timed(lambda: pool.score(responses, rows))
+        counts = pool.counts
+    cpu = cpu_seconds() - before
+    separate, _ = timed(lambda: alone(reward, *pick(few), workers))
+    return {
+        "samples": len(rows),
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 1),  # with the start of the workers
+        "per_second": round(len(rows) / seconds, 1),
+        "mean_outcome": round(sum(outcomes) / len(outcomes), 4),
+        "counts": counts,
+        "ms_per_short_sample": round(1e3 * pooled / len(short), 2),
+        "ms_per_short_sample_in_a_process_each": round(1e3 * separate / len(few), 2),
+        "ratio": round(separate / len(few) / (pooled / len(short)), 1),
+        "outcomes": outcomes,
+    }
+
+
+def cpu_seconds() -> float:
+    """Of all ended descendants."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--math", nargs="+", required=True, help="rows with worked solutions in extra_info.solution")
+    parser.add_argument("--code", required=True, help="LeetCode rows with asserts")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", default="benchmarks/results/cpu/rewards.json")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    responses, rows = math_samples(options.math)
+    math = measure("math", responses, rows, list(range(len(rows))), options.workers)
+    math.pop("outcomes")
+    responses, rows, kinds = code_samples(options.code)
+    short = [index for index, kind in enumerate(kinds) if kind != "endless"]
+    code = measure("code", responses, rows, short, options.workers)
+    by_kind = {
+        kind: [x for x, k in zip(code["outcomes"], kinds, strict=True) if k == kind] for kind in sorted(set(kinds))
+    }
+    code["kinds"] = {kind: {"samples": len(x), "outcome": round(sum(x) / len(x), 4)} for kind, x in by_kind.items()}
+    code.pop("outcomes")
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "workers": options.workers, "load_before": round(load, 1)}
+    result = {"machine": machine | {"python": platform.python_version()}, "math": math, "code": code}
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from prime_fast.config import Config, load_config
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return float(sum(map(ord, solution_str)) % 3 == 0)
+"""
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """A tiny random model with its tokenizer, rows whose outcome is a coin flip, and a config for them."""
+    from prime_fast.quickstart import write_model
+
+    root = tmp_path_factory.mktemp("workspace")
+    torch.manual_seed(0)
+    write_model(root / "model", seed=0)
+    rng = random.Random(0)
+    with open(root / "rows.jsonl", "w") as file:
+        for index in range(40):
+            prompt = "".join(rng.choice("0123456789+-*") for _ in range(rng.randint(3, 10))) + ":"
+            row = {
+                "data_source": "test",
+                "prompt": [{"role": "user", "content": prompt}],
+                "ability": "test",
+                "reward_model": {"style": "rule", "ground_truth": "1"},
+                "extra_info": {"index": index, "solution": f"{index}+1={index + 1}"},
+            }
+            file.write(json.dumps(row) + "\n")
+    (root / "reward.py").write_text(REWARD)
+    (root / "config.yaml").write_text(
+        f"""
+run_dir: {root}/unset
+steps: 2
+model: {{policy: {root}/model, dtype: float32}}
+data: {{train: {root}/rows.jsonl, eval: {root}/rows.jsonl, eval_rows: 8, max_prompt: 16}}
+rollout: {{prompts: 6, samples: 4, max_response: 12, keep: [0.1, 0.9], batch: 64}}
+reward: {{function: "{root}/reward.py:compute_score"}}
+policy: {{lr: 1.0e-3, mini_batch: 12}}
+prm: {{lr: 1.0e-3, mini_batch: 12}}
+engine: {{micro_tokens: 120}}
+log: {{eval_every: 2, checkpoint_every: 0}}
+sft: {{data: {root}/rows.jsonl, steps: 2, mini_batch: 4}}
+"""
+    )
+    return root
+
+
+@pytest.fixture
+def configure(workspace, tmp_path):
+    def make(*overrides: str, run_dir: str = "run") -> Config:
+        return load_config(workspace / "config.yaml", [f"run_dir={tmp_path / run_dir}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    from prime_fast import engine
+
+    return engine.start()

@@ -1,0 +1,330 @@
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prime_fast.rewards import RewardPool, score
+from prime_fast.rewards.code import extract_program, read_task, same_text, same_value
+from prime_fast.rewards.guest import decode, encode
+
+SUM = "a, b = map(int, input().split())\nprint(a + b)"
+SUM_TESTS = {"inputs": ["1 2\n", "3 4\n", "10 -5\n", "0 0\n"], "outputs": ["3\n", "7\n", "5\n", "0\n"]}
+ASSERTS = """
+my_solution = Solution()
+
+test_input = { "nums": [3, 1, 2] }
+assert my_solution.largest(**test_input) == 3
+
+test_input = { "nums": [-5] }
+assert my_solution.largest(**test_input) == -5
+"""
+LISTS = """
+_f1 = lambda lst: ListNode(lst[0], _f1(lst[1:])) if lst else None
+_f2 = lambda node: [node.val] + _f2(node.next) if node else []
+my_solution = Solution()
+
+test_input = { "head": _f1([1, 2, 3]) }
+assert _f2(my_solution.reverse(**test_input)) == [3, 2, 1]
+"""
+REVERSE = """
+class Solution:
+    def reverse(self, head: Optional[ListNode]) -> Optional[ListNode]:
+        last = None
+        while head:
+            head.next, last, head = last, head, head.next
+        return last
+"""
+
+
+def row(truth, ability="code") -> dict:
+    return {"ability": ability, "reward_model": {"ground_truth": json.dumps(truth)}}
+
+
+def fence(program: str) -> str:
+    return f"Let me think.\n```python\n{program}\n```\nDone."
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RewardPool("code", workers=1, timeout=30.0) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def strict():
+    with RewardPool("code-strict", workers=1, timeout=30.0) as pool:
+        yield pool
+
+
+@pytest.fixture
+def grade(pool):
+    return lambda program, truth: pool.score([fence(program)], [row(truth)])[0]
+
+
+def call(expected, *arguments, name="f") -> dict:
+    return {"inputs": [list(arguments)], "outputs": [expected], "fn_name": name}
+
+
+class TestStandardInput:
+    @pytest.mark.parametrize(
+        ("program", "outcome"),
+        [
+            (SUM, 1.0),
+            ("a, b = map(int, input().split())\nprint(abs(a) + abs(b))", 0.75),
+            ("print(3)", 0.25),
+            ("", 0.0),
+            ("print(", 0.0),
+            ("raise ValueError", 0.0),
+            (SUM + "\nraise ValueError", 0.0),
+            (SUM + "\nexit(1)", 0.0),
+            (SUM + "\nexit()", 1.0),
+            (SUM + "\nimport sys\nsys.exit(0)", 1.0),
+        ],
+    )
+    def test_share(self, grade, program, outcome):
+        assert grade(program, SUM_TESTS) == outcome
+
+    @pytest.mark.parametrize(
+        "program",
+        [
+            "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()",
+            "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))",
+            "import sys\ninput = sys.stdin.readline\nsys.stdout.write(str(sum(map(int, input().split()))))",
+            "import os\nprint(sum(map(int, os.read(0, 100).split())))",
+            "print(sum(map(int, open(0).read().split())))",
+            "print(sum(map(int, stdin.readline().split())))",
+            "import sys, io, os, atexit\nsys.stdout = io.StringIO()\n"
+            "atexit.register(lambda: os.write(1, sys.stdout.getvalue().encode()))\n"
+            "print(sum(map(int, input().split())))",
+            "import sys, threading\nthreading.stack_size(1 << 27)\nsys.setrecursionlimit(10**6)\n"
+            "def run(): print(sum(map(int, input().split())))\nt = threading.Thread(target=run)\nt.start()",
+            "n = reduce(gcd, [Counter('aab')['a'], 4])\nprint(n // 2 * sum(map(int, input().split())))",
+            "def f(n): return n and 1 + f(n - 1)\nprint(f(50_000) - 50_000 + sum(map(int, input().split())))",
+            "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+            "print(A(sum(map(int, input().split()))).x)",
+            "import numpy as np\nprint(np.fromstring(input(), sep=' ', dtype=int).sum())",
+            "import asyncio\nasync def go(): print(sum(map(int, input().split())))\nasyncio.run(go())",
+            "open('kept', 'a').write('x')\nassert open('kept').read()\nprint(sum(map(int, input().split())))",
+        ],
+    )
+    def test_ways_to_read_and_write(self, grade, program):
+        assert grade(program, SUM_TESTS) == 1.0
+
+    def test_each_test_is_a_fresh_process(self, grade):
+        program = "import builtins\nbuiltins.n = getattr(builtins, 'n', 0) + 1\nprint(n)"
+        assert grade(program, {"inputs": ["", "", ""], "outputs": ["1", "1", "1"]}) == 1.0
+
+    def test_large_input_and_output(self, grade):
+        numbers = "\n".join(map(str, range(100_000)))
+        truth = {"inputs": [numbers], "outputs": [numbers]}
+        assert grade("import sys\nfor line in sys.stdin: print(int(line))", truth) == 1.0
+        assert grade("print(3 ** 30_000)", {"inputs": [""], "outputs": [pow_text(3, 30_000)]}) == 1.0
+
+    def test_lists_of_lines(self, grade):
+        assert grade("print(input())\nprint(input())", {"inputs": [["a", "b"]], "outputs": [["a", "b"]]}) == 1.0
+
+    def test_ground_truth_may_be_an_object(self, pool):
+        assert pool.score([fence(SUM)], [{"reward_model": {"ground_truth": SUM_TESTS}}]) == [1.0]
+
+
+class TestCalls:
+    @pytest.mark.parametrize(
+        ("program", "truth"),
+        [
+            ("def f(a, b): return a + b", call(3, 1, 2)),
+            ("class Solution:\n    def f(self, a: int, b: int) -> List[int]: return [b, a]", call([2, 1], 1, 2)),
+            ("def f(x): return x, x", call([1, 1], 1)),
+            ("def f(x): return [(x, x)]", call([[1, 1]], 1)),
+            ("def f(x): return x * 2", call([4], 2)),
+            ("def f(x): return x / 3", call(0.33333333, 1)),
+            ("def f(x): return x[1]", call("one", {"1": "one"})),
+            ("def f(x): return {len(x): x}", call({"2": [1, 2]}, [1, 2])),
+            ("def f(x): print('chatter'); return x", call(None, None)),
+            ("def f(a, b): return [a] + b", {"inputs": ['"x"\n[1, 2]'], "outputs": ['["x", 1, 2]'], "fn_name": "f"}),
+            ("import numpy as np\ndef f(x): return np.sum(x)", call(3, [1, 2])),
+            ("if __name__ == '__main__': input()\ndef f(x): return x", call(1, 1)),
+        ],
+    )
+    def test_right(self, grade, program, truth):
+        assert grade(program, truth) == 1.0
+
+    @pytest.mark.parametrize(
+        ("program", "truth"),
+        [
+            ("def f(x): return x", call(2, 1)),
+            ("def f(x): return [1]", call([1, 2, 3], 0)),
+            ("def f(x): return 1", call([1, 2, 3], 0)),
+            ("def g(x): return x", call(1, 1)),
+            ("def f(): return 1", call(1, 1)),
+            ("def f(x): return '1'", call(1, 1)),
+            ("def f(x): raise ValueError", call(None, 1)),
+            ("def f(x): return object()", call(None, 1)),
+            ("f = 1", call(1, 1)),
+        ],
+    )
+    def test_wrong(self, grade, program, truth):
+        assert grade(program, truth) == 0.0
+
+    def test_share(self, grade):
+        truth = {"inputs": [[1], [2], [3], [4]], "outputs": [1, 2, 3, 5], "fn_name": "f"}
+        assert grade("def f(x):\n    if x == 2: exit()\n    return x", truth) == 0.5
+
+    def test_the_tests_share_a_process(self, grade):
+        truth = {"inputs": [[], []], "outputs": [1, 2], "fn_name": "f"}
+        assert grade("n = 0\ndef f():\n    global n\n    n += 1\n    return n", truth) == 1.0
+
+
+class TestAsserts:
+    @pytest.mark.parametrize(
+        ("body", "outcome"),
+        [("max(nums)", 1.0), ("3", 0.5), ("max(nums) + 1", 0.0), ("[max(nums)]", 0.0), ("np.max(nums)", 1.0)],
+    )
+    def test_methods(self, grade, body, outcome):
+        program = f"import numpy as np\nclass Solution:\n    def largest(self, nums: List[int]) -> int: return {body}"
+        assert grade(program, {"asserts": ASSERTS}) == outcome
+
+    def test_helpers_around_the_call(self, grade):
+        assert grade(REVERSE, {"asserts": LISTS}) == 1.0
+        assert grade(REVERSE.replace("return last", "return None"), {"asserts": LISTS}) == 0.0
+
+    @pytest.mark.parametrize("claim", ["f(2)", "not f(1)", "True == f(2)", "f(2) is True", "not (f(1))"])
+    def test_forms(self, grade, claim):
+        assert grade("def f(x): return x % 2 == 0", {"asserts": f"assert {claim}"}) == 1.0
+        assert grade("def f(x): return x % 2 == 1", {"asserts": f"assert {claim}"}) == 0.0
+
+    def test_tuple_is_not_list(self, grade):
+        assert grade("def f(): return (1, 2)", {"asserts": "assert f() == (1, 2)"}) == 1.0
+        assert grade("def f(): return (1, 2)", {"asserts": "assert f() == [1, 2]"}) == 0.0
+
+
+class TestTime:
+    def test_share_up_to_the_test_that_hangs(self):
+        with RewardPool("code", workers=1, timeout=5.0) as pool:
+            start = time.monotonic()
+            hangs = "n = int(input())\nwhile n > 1: pass\nprint(n)"
+            assert pool.score([fence(hangs)], [row({"inputs": ["1", "2", "1"], "outputs": ["1", "2", "1"]})]) == [1 / 3]
+            assert time.monotonic() - start < 5.0
+            assert pool.counts == {"timeouts": 1, "errors": 0, "crashes": 0}
+
+    def test_many_slow_tests_end_in_time(self):
+        with RewardPool("code", workers=1, timeout=2.0) as pool:
+            truth = {"inputs": ["x"] * 100, "outputs": ["x"] * 100}
+            (share,) = pool.score([fence("import time\ntime.sleep(0.3)\nprint(input())")], [row(truth)])
+            assert 0.0 < share < 0.1 and pool.counts["timeouts"] == 1 and pool.counts["crashes"] == 0
+
+    def test_strict_stops_at_the_first_failure(self, strict):
+        truth = {"inputs": ["1", "2"], "outputs": ["0", "2"]}
+        start = time.monotonic()
+        assert strict.score([fence("n = int(input())\nwhile n > 1: pass\nprint(n)")], [row(truth)]) == [0.0]
+        assert time.monotonic() - start < 3.0
+        assert strict.score([fence(SUM)], [row(SUM_TESTS)]) == [1.0]
+
+
+class TestRouting:
+    def test_by_ability(self):
+        rows = [row(SUM_TESTS), {"ability": "math", "reward_model": {"ground_truth": "7"}}]
+        assert score([fence(SUM), r"\boxed{7}"], rows, reward="auto", workers=1) == [1.0, 1.0]
+        assert score([fence("print(3)"), "it is 7"], rows, reward="auto-strict", workers=1) == [0.0, 0.0]
+
+    @pytest.mark.parametrize(("reward", "other"), [("code", "math"), ("math", "code"), ("auto", "chess")])
+    def test_other_abilities_are_refused(self, reward, other):
+        with RewardPool(reward, workers=1) as pool, pytest.raises(ValueError, match=f'row 0 has ability "{other}"'):
+            pool.score(["x"], [row({}, other)])
+
+    @pytest.mark.parametrize(
+        "truth",
+        [
+            {},
+            [],
+            {"inputs": ["1"], "outputs": []},
+            {"inputs": [], "outputs": []},
+            {"asserts": "assert abs(f(1) - 2) < 0.1"},
+            {"asserts": "x = ("},
+        ],
+    )
+    def test_broken_ground_truth_is_an_error(self, truth):
+        with pytest.raises((ValueError, SyntaxError)):
+            read_task(json.dumps(truth))
+
+    def test_errors_are_counted(self, pool):
+        before = pool.counts["errors"]
+        assert pool.score([fence(SUM)] * 2, [row({}), row(SUM_TESTS)]) == [0.0, 1.0]
+        assert pool.counts["errors"] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("```python\na\n```", "a\n"),
+        ("```python\na\n```\nor\n```Python3\nb\n```\nend ```x```", "b\n"),
+        ("```\nx\n```", "x\n"),
+        ("```python\na", "a"),
+        ("stray ``` and ```py\na\n```\n```text\noutput\n```", "a\n"),
+        ("print(1)", "print(1)"),
+        ("", ""),
+    ],
+)
+def test_extract_program(response, program):
+    assert extract_program(response) == program
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "same"),
+    [
+        ("1 2\n3\n", "1 2\n3", True),
+        (" 1   2 \r\n\n3", "1 2\n3", True),
+        ("0.333333", "0.3333333333", True),
+        ("1.0", "1", True),
+        ("007", "7", True),
+        ("1e3", "1000.0", True),
+        ("100001", "100000", False),
+        ("1 2 3", "1 2\n3", False),
+        ("3\n1 2", "1 2\n3", False),
+        ("yes", "YES", False),
+        ("", "1", False),
+        ("nan", "nan", True),
+        ("inf", "1e400", False),
+        ("9" * 5000, "8" * 5000, False),
+        ("0.34", "0.33", False),
+        ("-0", "0", False),
+    ],
+)
+def test_same_text(output, expected, same):
+    assert same_text(output, expected) is same
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.sets(st.integers() | st.text(max_size=3), max_size=4)
+        | st.dictionaries(st.integers() | st.text(max_size=3), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(PLAIN)
+@settings(max_examples=200, deadline=None)
+def test_values_survive_the_channel(value):
+    back = decode(json.loads(json.dumps(encode(value))))
+    assert back == value and repr(type(back)) == repr(type(value)) and same_value(back, value)
+
+
+@given(st.text(alphabet="`python3 \n\tx", max_size=200), st.text(max_size=50), st.text(max_size=50))
+@settings(max_examples=300, deadline=1000)
+def test_fuzz_of_the_parsers(response, output, expected):
+    assert isinstance(extract_program(response), str)
+    assert same_text(output, output) and isinstance(same_text(output, expected), bool)
+
+
+def pow_text(base: int, exponent: int) -> str:
+    """Decimal digits of a power beyond Python's default limit of 4300."""
+    parts, value, unit = [], base**exponent, 10**4000
+    while value:
+        value, rest = divmod(value, unit)
+        parts.append(str(rest).zfill(4000))
+    return "".join(reversed(parts)).lstrip("0")

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prime_fast.config import Config, known_keys, load_config, save_config
+
+SHIPPED = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: out\nmodel: {policy: some/model}\n")
+    return path
+
+
+def test_the_tree_stays_small():
+    assert len(known_keys()) < 60
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    assert isinstance(load_config(path), Config)
+
+
+def test_defaults_are_the_published_run(config_file):
+    config = load_config(config_file)
+    assert (config.rollout.prompts, config.rollout.samples, config.rollout.temperature) == (256, 4, 1.0)
+    assert (config.policy.lr, config.policy.weight_decay, config.policy.grad_clip, config.policy.clip) == (
+        5e-7, 0.01, 1.0, (0.2, 0.2),
+    )  # fmt: skip
+    assert (config.prm.lr, config.prm.weight_decay, config.prm.grad_clip) == (1e-6, 0.0, 10.0)
+    assert (config.prime.beta, config.prime.update, config.prime.form) == (0.05, "after", "run")
+    assert config.rollout.keep == (0.2, 0.8)
+
+
+def test_overrides_are_typed_and_saved(config_file, tmp_path):
+    config = load_config(
+        config_file, ["policy.lr=1e-4", "data.train=[a.jsonl, b.jsonl]", "data.eval=c.jsonl", "seed=3"]
+    )
+    assert config.policy.lr == 1e-4 and config.data.train == ["a.jsonl", "b.jsonl"] and config.data.eval == ["c.jsonl"]
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+MISTAKES = {
+    "policy.lrr=3": "unknown key policy.lrr; did you mean policy.lr?",
+    "prime.bta=1": "did you mean prime.beta?",
+    "samples=8": "unknown key samples; did you mean rollout.samples?",
+    "rollout.samples=1": "set rollout.samples to 2 or more",
+    "policy.lr=-1": "policy.lr=-1: input should be greater than or equal to 0",
+    "steps=many": "steps='many'",
+    "prime.update=sometimes": "'after', 'before' or 'none'",
+    "prime.update=none": "set model.prm to a trained PRM",
+    "rollout.keep=[0.8, 0.2]": "must satisfy 0 <= low <= high <= 1",
+    "engine.micro_tokens=100": "raise engine.micro_tokens",
+    "policy.lr": "not of the form key=value",
+    "run_dir.x=1": "run_dir is a value, not a section",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_sentence_with_the_fix(override, config_file):
+    with pytest.raises(ValueError) as caught:
+        load_config(config_file, [override])
+    assert MISTAKES[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fix"),
+    [
+        (["prime.process_weight=0", "prime.outcome_weight=0"], "raise one of them"),
+        (["prime.reference=policy", "rollout.old_logprobs=engine"], "set rollout.old_logprobs=recompute"),
+        (["prime.reference=policy", "policy.kl_coef=0.1"], "set prime.reference=sft"),
+    ],
+)
+def test_contradictions_are_refused(overrides, fix, config_file):
+    with pytest.raises(ValueError, match=fix):
+        load_config(config_file, overrides)
+
+
+def test_files_that_are_not_configs(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump({"model": {"policy": "x"}}))
+    with pytest.raises(ValueError, match="key run_dir is required and missing"):
+        load_config(tmp_path / "empty.yaml")

@@ -1,0 +1,92 @@
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import advantage as bench
+from benchmarks import advantage_loops
+from prime_kernels import prime_advantage
+
+
+@pytest.mark.parametrize("function", [advantage_loops.padded, advantage_loops.tokens])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_the_loops_compute_the_advantages(function, gamma):
+    arguments = bench.batch(8, 30, "cpu", seed=3)
+    got = function(*arguments[:4], bench.K, gamma)
+    want = prime_advantage(*arguments, gamma=gamma, backend="torch").advantage
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_wrong_candidate_is_not_timed():
+    arguments = bench.batch(8, 30, "cpu")
+    bench.check({"torch": bench.ours("torch")}, arguments)
+    with pytest.raises(ValueError, match="zeros is off by"):
+        bench.check({"zeros": lambda prm, *rest: torch.zeros_like(prm)}, arguments)
+
+
+def test_candidates_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    clock = iter(range(100))
+
+    def timed(call):
+        call()
+        return next(clock)
+
+    seconds = bench.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, timed, rounds=2)
+    assert calls == ["a", "b"] * 3
+    assert seconds == {"a": [2, 4], "b": [3, 5]}
+
+
+def test_batches_have_the_sizes_that_are_named():
+    prm, ref, outcome, cu_seqlens, group = bench.batch(1024, 2740, "cpu")
+    assert 1.3e6 < len(prm) < 1.5e6 and len(outcome) == 1024 and cu_seqlens.diff().max() <= 3072
+    assert (group.unique(return_counts=True)[1] == bench.K).all()
+    assert [bench.batch(size // 2048, 2048, "cpu", shortest=2048)[0].numel() for size in bench.SIZES[:2]] == [
+        2**16,
+        2**18,
+    ]
+
+
+def test_share_of_the_copy_bandwidth():
+    assert bench.share(tokens=10**6, seconds=1e-3, bandwidth=16e9) == pytest.approx(1.0)
+
+
+def test_the_gpu_table_has_every_candidate(monkeypatch):
+    """The GPU's path with the clock, graphs and profiler of a CPU."""
+    monkeypatch.setattr(bench, "SIZES", [2**13])
+    monkeypatch.setattr(bench, "event_timer", lambda scratch: bench.wall)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda timed, rounds: 1e9)
+    monkeypatch.setattr(bench, "captured", lambda call: call)
+    monkeypatch.setattr(bench, "launches", lambda call: 1)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    status = {"prime_advantage": {"cuda": "ok", "triton": "no Triton", "cpu": "ok", "torch": "ok"}}
+    monkeypatch.setattr(bench.prime_kernels, "backends", lambda: status)
+    monkeypatch.setattr(bench, "ours", lambda backend, ours=bench.ours: ours("cpu"))
+    copy, *rows = bench.gpu(1, device="cpu")
+    assert copy["gb_per_s"] == 1
+    assert [row["candidate"] for row in rows] == ["cuda", "torch eager", "torch.compile"]
+    for row in rows:
+        assert row["tokens"] == 2**13 and row["share"] == pytest.approx(16 * 2**13 / (row["us"] / 1e6) / 1e9)
+
+
+def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    def short(rows, longest, device, seed=0, shortest=1):
+        return batch(min(rows, 16), 20, device)
+
+    batch = bench.batch
+    monkeypatch.setattr(bench, "batch", short)
+    monkeypatch.setattr("sys.argv", ["advantage", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (3.0, 0, 0))
+    threads, start = torch.get_num_threads(), time.time()
+    bench.main()
+    torch.set_num_threads(threads)
+    record = json.loads((tmp_path / "advantage.json").read_text())
+    assert "load average 3.0" in record["note"] and record["machine"]["threads"] == 2
+    names = ["cpu", "torch", "python loops, padded", "python loops, tokens"]
+    assert [row["candidate"] for row in record["rows"]] == names
+    ours = record["rows"][0]
+    assert ours["times_cpu"] == 1 and 0 < ours["min_ms"] <= ours["ms"] < 1e3 * (time.time() - start)
+    for row in record["rows"]:
+        assert row["times_cpu"] == pytest.approx(row["ms"] / ours["ms"])
+    assert capsys.readouterr().out.startswith("| candidate | tokens | rows | runs | ms |")

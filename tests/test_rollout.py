@@ -1,0 +1,81 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prime_fast.rollout import EngineError
+from prime_fast.rollout.hf import HFEngine, _sample
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def engine(workspace):
+    return HFEngine(str(workspace / "model"), [EOS], dtype=torch.float32, device=torch.device("cpu"), batch=16)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 9, 4, 4, 7, 1, 12]
+    return [torch.randint(2, 18, (length,), generator=generator).tolist() for length in lengths]
+
+
+def seeds(prompts, k=3):
+    return [[100 * i + j for j in range(k)] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_logprobs_are_the_models_own(engine, workspace, prompts, temperature):
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model")
+    results = engine.generate(prompts, seeds(prompts), max_tokens=20, temperature=temperature)
+    assert [len(samples) for samples in results] == [3] * len(prompts)
+    lengths = set()
+    for prompt, samples in zip(prompts, results, strict=True):
+        for sample in samples:
+            ids = torch.cat([torch.tensor(prompt), sample.tokens])
+            with torch.no_grad():
+                logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / (temperature or 1.0)
+            expected = logits.log_softmax(-1).gather(1, sample.tokens[:, None])[:, 0]
+            torch.testing.assert_close(sample.logprob, expected, rtol=0, atol=1e-5)
+            assert sample.truncated == (sample.tokens[-1] != EOS) and (sample.tokens[:-1] != EOS).all()
+            assert len(sample.tokens) == 20 or not sample.truncated
+            lengths.add(len(sample.tokens))
+            if temperature == 0:
+                assert torch.equal(sample.tokens, logits.argmax(-1))
+    assert temperature == 0 or len(lengths) > 3
+
+
+def test_a_seed_fixes_its_sample_whatever_else_is_generated(engine, prompts):
+    together = engine.generate(prompts, seeds(prompts), max_tokens=15, temperature=1.0)
+    for i, (prompt, row) in enumerate(zip(prompts, seeds(prompts), strict=True)):
+        alone = engine.generate([prompt], [row[1:2]], max_tokens=15, temperature=1.0)[0][0]
+        assert torch.equal(alone.tokens, together[i][1].tokens)
+    other = engine.generate(
+        prompts, [[s + 1000 for s in row] for row in seeds(prompts)], max_tokens=15, temperature=1.0
+    )
+    assert any(
+        not torch.equal(a.tokens, b.tokens)
+        for x, y in zip(together, other, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(200_000, 4)
+    draws = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens, logprob = _sample(logits, draws, temperature=2.0)
+    share = torch.bincount(tokens, minlength=4) / len(tokens)
+    expected = (logits[0] / 2).softmax(-1)
+    torch.testing.assert_close(share, expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(logprob, expected.log()[tokens])
+    edges, _ = _sample(logits[:2], torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), temperature=1.0)
+    assert edges.tolist() == [0, 3]
+
+
+def test_weights_must_be_complete_and_known(engine):
+    names = dict(engine.model.named_parameters())
+    engine.load_weights((name, tensor.clone()) for name, tensor in names.items())
+    with pytest.raises(EngineError, match="no parameter lm_head.wait"):
+        engine.load_weights([("lm_head.wait", torch.zeros(1))])
+    with pytest.raises(EngineError, match="got no weights, among them lm_head.weight"):
+        engine.load_weights((name, tensor.clone()) for name, tensor in names.items() if name != "lm_head.weight")

@@ -1,0 +1,383 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prime_fast import checkpoint, passes, preflight
+from prime_fast.cli import main
+from prime_fast.engine import deepspeed  # imported there after the accelerator is chosen
+from prime_fast.metrics import read_metrics
+from prime_fast.rollout.collect import Batch
+from prime_fast.trainer import Trainer
+
+safe_get_full_optimizer_state = deepspeed.utils.safe_get_full_optimizer_state
+HAS_LIBAIO = deepspeed.ops.__compatible_ops__["async_io"]
+
+VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib")
+EXPECTED = """
+step rollouts outcome groups_kept groups rows surplus response_length truncated reward_timeouts
+prm_loss prm_accuracy prm_pair_accuracy prm_grad_norm process_over_outcome process_reward_mean process_reward_std
+policy_loss entropy clip_fraction approx_kl policy_grad_norm skipped packing_efficiency tokens_per_second
+mismatch_kl mismatch_ratio mismatch_max importance_cut peak_memory_gib seconds
+seconds/generate seconds/reward seconds/reference seconds/prm seconds/old_logprobs
+seconds/advantage seconds/policy seconds/sync
+"""
+
+
+def run(workspace, run_dir, *overrides, resume=False):
+    arguments = ["train", str(workspace / "config.yaml"), f"run_dir={run_dir}", *overrides]
+    assert main([*arguments, "--resume"] if resume else arguments) == 0
+    return read_metrics(run_dir)
+
+
+def fresh_environment():
+    """Without the process group of this test process."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in group}
+
+
+def stable(records):
+    return [{k: v for k, v in record.items() if not k.startswith(VOLATILE)} for record in records]
+
+
+def weights(run_dir, model="policy"):
+    directory = checkpoint.latest(Path(run_dir)) / model
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
+
+
+@pytest.fixture(scope="module")
+def straight(workspace, tmp_path_factory):
+    """Four steps without interruption."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    return run_dir, run(workspace, run_dir, "steps=4")
+
+
+def make_trainer(config, device):
+    Path(config.run_dir).mkdir(exist_ok=True)
+    return Trainer(config, device, preflight.load_inputs(config))
+
+
+def test_a_run_leaves_everything_it_promises(straight):
+    run_dir, records = straight
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert set(EXPECTED.split()) <= set(records[1])
+    assert "eval_accuracy" in records[0] and "eval_accuracy" in records[4] and "eval_accuracy" not in records[1]
+    finite = [v for record in records for v in record.values() if isinstance(v, float)]
+    assert all(map(torch.isfinite, torch.tensor(finite)))
+    assert (run_dir / "config.yaml").is_file() and (run_dir / "report" / "curves.png").stat().st_size > 10_000
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "prompt", "response", "outcome"} <= set(samples[0])
+    newest = checkpoint.latest(run_dir)
+    model = AutoModelForCausalLM.from_pretrained(newest / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(newest / "policy")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "1+2:"}], return_tensors="pt", return_dict=True)
+    assert model.generate(**ids, max_new_tokens=4, pad_token_id=0).shape[1] > 4
+    assert set(os.listdir(newest)) == {"policy", "prm", "state"}
+
+
+def test_both_models_moved_and_the_steps_count_the_rollouts(straight, workspace):
+    run_dir, records = straight
+    start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
+    for name in ("policy", "prm"):
+        moved = weights(run_dir, name)
+        assert all(not torch.equal(start[key], moved[key]) for key in start), name
+    assert records[-1]["rollouts"] % 4 == 0 and records[-1]["rollouts"] >= 4 * 24
+
+
+def test_resume_continues_to_the_same_bits(straight, workspace, tmp_path):
+    run_dir, records = straight
+    run(workspace, tmp_path / "run", "steps=2")
+    resumed = run(workspace, tmp_path / "run", "steps=4", resume=True)
+    assert stable(resumed) == stable(records)
+    for name in ("policy", "prm"):
+        expected, got = weights(run_dir, name), weights(tmp_path / "run", name)
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
+    run_dir, records = straight
+    killed = tmp_path / "run"
+    command = [sys.executable, "-m", "prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={killed}"]
+    command += ["steps=4", "log.checkpoint_every=1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=fresh_environment())
+    deadline = time.time() + 120
+    while (
+        not (killed / "checkpoints" / "step-000001").exists()
+        or '"step": 2' not in (killed / "metrics.jsonl").read_text()
+    ):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run(workspace, killed, "steps=4", "log.checkpoint_every=1", resume=True)
+    assert stable(resumed) == stable(records)
+    expected, got = weights(run_dir), weights(killed)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("mini_batch", [12, 1], ids=["several rows", "one row a step, so that a rank idles"])
+def test_two_ranks_do_the_same_as_one(mini_batch, workspace, tmp_path):
+    """All weights' updates agree to 0.1% in norm: float32 sums in another order, amplified by AdamW's division."""
+    overrides = ["steps=1", f"policy.mini_batch={mini_batch}", f"prm.mini_batch={mini_batch}"]
+    records = run(workspace, tmp_path / "one", *overrides)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'two'}", *overrides]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=fresh_environment())
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = records[1], read_metrics(tmp_path / "two")[1]
+    for key in ("outcome", "groups_kept", "groups", "rows", "response_length", "rollouts"):
+        assert one[key] == two[key], key
+    for key in ("prm_loss", "prm_grad_norm", "policy_grad_norm", "entropy", "process_over_outcome"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3), key
+    start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
+    for name in ("policy", "prm"):
+        left, right = weights(tmp_path / "one", name), weights(tmp_path / "two", name)
+        update = sum((left[key] - start[key]).square().sum() for key in start) ** 0.5
+        difference = sum((left[key] - right[key]).square().sum() for key in start) ** 0.5
+        assert difference / update < 1e-3, name
+
+
+def collected(trainer):
+    groups, _, _ = trainer.collector.collect(trainer.phases)
+    return Batch.of(groups)
+
+
+def test_equal_prm_and_reference_reward_exactly_nothing(configure, device):
+    trainer = make_trainer(configure("prm.lr=0"), device)
+    batch = collected(trainer)
+    minis = passes.split(batch, 12, 120)
+    assert len(minis) > 1 and max(map(len, minis)) > 1
+    reference = passes.score(trainer.reference, batch, minis)
+    result = passes.train_prm(trainer.prm, batch, minis, reference, beta=0.05, lr=0.0)
+    assert torch.equal(result.logprob, reference)
+    assert (result.score == 0).all()
+    assert result.loss == pytest.approx(0.6931472, abs=1e-6)
+    trainer.close()
+
+
+def shuffled(batch, order):
+    parts = torch.split(batch.engine_logprob, batch.cu_seqlens.diff().tolist())
+    return Batch(
+        prompts=[batch.prompts[i] for i in order],
+        responses=[batch.responses[i] for i in order],
+        engine_logprob=torch.cat([parts[i] for i in order]),
+        outcome=batch.outcome[order],
+        group=batch.group[order],
+        cu_seqlens=torch.cat([torch.zeros(1), batch.cu_seqlens.diff()[order].cumsum(0)]).int(),
+        fresh=batch.fresh[order],
+    )
+
+
+def test_the_update_does_not_depend_on_micro_batches_or_row_order(configure, device):
+    """Gradients are compared, as AdamW's first moments: AdamW itself turns the rounding of a zero into a step of lr."""
+    results = []
+    for case in range(3):
+        trainer = make_trainer(configure("policy.lr=0", "prm.lr=0"), device)
+        batch = collected(trainer)
+        rows = len(batch.responses)
+        order = list(range(rows))
+        if case == 2:
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(5)).tolist()
+        batch = shuffled(batch, order)
+        minis = passes.split(batch, rows, 10_000 if case == 0 else 60)
+        assert (len(minis[0]) == 1) == (case == 0)
+        reference = passes.score(trainer.reference, batch, minis)
+        prm = passes.train_prm(trainer.prm, batch, minis, reference - 0.1, beta=0.05, lr=0.0)
+        lengths = batch.cu_seqlens.diff()
+        advantage = (batch.outcome - 0.5).repeat_interleave(lengths).to(device)
+        policy = passes.train_policy(
+            trainer.policy,
+            batch,
+            minis,
+            advantage,
+            old_logprob=[batch.engine_logprob.to(device)] * len(minis),
+            ref_logprob=None,
+            importance_cap=2.0,
+            temperature=1.0,
+            config=trainer.config.policy,
+        )
+        by_row = dict(zip(order, torch.split(prm.logprob, lengths.tolist()), strict=True))
+        logprob = torch.cat([by_row[i] for i in range(rows)])
+        numbers = torch.tensor([prm.loss, prm.grad_norm, policy.loss, policy.grad_norm, policy.entropy])
+        results.append((logprob.cpu(), numbers, first_moments(trainer.prm), first_moments(trainer.policy)))
+        trainer.close()
+    expected = results[0]
+    for logprob, numbers, *moments in results[1:]:
+        torch.testing.assert_close(logprob, expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(numbers, expected[1], rtol=1e-4, atol=1e-6)
+        for got, want in zip(moments, expected[2:], strict=True):
+            assert (got - want).norm() / want.norm() < 1e-5
+
+
+def first_moments(engine):
+    states = [safe_get_full_optimizer_state(p, "exp_avg").flatten() for p in engine.lm.parameters()]
+    return torch.cat(states)
+
+
+OPTIONS = [
+    ["prime.update=before"],
+    ["prime.reference=policy"],
+    ["prime.process_weight=0"],
+    ["prime.estimator=grpo", "prime.form=paper", "prime.normalize=none"],
+    ["prime.estimator=reinforce", "prime.whiten=false", "prime.gamma=[0.9, 0.99]"],
+    ["policy.kl_coef=0.1", "policy.entropy_coef=0.01", "policy.mean=row", "policy.clip=[0.1, 0.3]"],
+    ["rollout.old_logprobs=engine", "rollout.temperature=0.7", "rollout.max_rounds=1"],
+    ["rollout.old_logprobs=recompute"],
+    ["rollout.importance_cap=0", "policy.mini_batch=1000"],
+    ["policy.mini_batch=1000", "prm.mini_batch=1000", "model.gradient_checkpointing=true"],
+]
+
+
+@pytest.mark.parametrize("overrides", OPTIONS, ids=lambda overrides: " ".join(overrides))
+def test_every_option_trains(overrides, configure, device):
+    trainer = make_trainer(configure(*overrides), device)
+    before = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
+    for step in (1, 2):
+        record = trainer.step(step)
+        assert record["skipped"] == 0
+        assert torch.isfinite(torch.tensor(record["policy_grad_norm"])) and record["policy_grad_norm"] > 0
+    assert ("prm_loss" in record) == ("prime.process_weight=0" not in overrides)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.policy.weights())
+    for name, tensor in trainer.policy.weights():
+        assert torch.equal(dict(trainer.rollout.engine.model.named_parameters())[name], tensor)
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    "place", ["cpu", pytest.param("disk", marks=pytest.mark.skipif(not HAS_LIBAIO, reason="libaio"))]
+)
+def test_offloading_changes_nothing(place, straight, workspace, tmp_path, monkeypatch):
+    _, records = straight
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)  # look again
+    offloaded = run(workspace, tmp_path / "run", "steps=2", f"engine.offload={place}")
+    for left, right in zip(offloaded[1:], records[1:3], strict=True):
+        for key in ("prm_loss", "policy_grad_norm", "entropy", "process_reward_std"):
+            assert left[key] == pytest.approx(right[key], rel=1e-5), key
+
+
+def test_outcome_only_loads_no_prm_and_no_reference(configure, device):
+    trainer = make_trainer(configure("prime.process_weight=0"), device)
+    assert trainer.prm is None and trainer.reference is None
+    trainer.close()
+
+
+def test_a_frozen_prm_scores_and_does_not_move(straight, configure, device):
+    prm = checkpoint.latest(straight[0]) / "prm"
+    trainer = make_trainer(configure("prime.update=none", f"model.prm={prm}"), device)
+    before = {name: tensor.clone() for name, tensor in trainer.prm.weights()}
+    record = trainer.step(1)
+    assert record["process_over_outcome"] > 0 and "prm_loss" not in record
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.prm.weights())
+    trainer.close()
+
+
+def test_surplus_groups_open_the_next_step(configure, device):
+    trainer = make_trainer(configure("rollout.prompts=5"), device)
+    collector = trainer.collector
+    first, _, _ = collector.collect(trainer.phases)
+    waiting = list(collector.surplus)
+    assert len(first) == 5 and waiting
+    state = collector.state_dict()
+    second, _, _ = collector.collect(trainer.phases)
+    assert second[: len(waiting)] == waiting[:5]
+    assert not {group.id for group in first} & {group.id for group in second}
+    collector.load_state_dict(state)
+    again, _, _ = collector.collect(trainer.phases)
+    assert [g.id for g in again] == [g.id for g in second]
+    for left, right in zip(again, second, strict=True):
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(left.samples, right.samples, strict=True))
+    trainer.close()
+
+
+def overwrite(parameter, value):
+    """Set a ZeRO-3 parameter, not its master weights; returns what it was."""
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        before = parameter.data.clone()
+        parameter.data.copy_(torch.as_tensor(value).expand_as(parameter))
+    return before
+
+
+def test_non_finite_steps_are_not_applied_and_stop_the_run(configure, device):
+    trainer = make_trainer(configure("rollout.max_rounds=3"), device)
+    assert trainer.step(1)["skipped"] == 0
+    trainer.save(1)
+    parameter = next(trainer.policy.lm.parameters())
+    healthy = overwrite(parameter, float("nan"))
+    record = trainer.step(2)
+    assert record["skipped"] == 1 and "finite" in record["skip_reason"]
+    served = dict(trainer.rollout.engine.model.named_parameters())
+    assert all(torch.isfinite(tensor).all() for tensor in served.values())
+    overwrite(parameter, healthy)
+    assert trainer.step(3)["skipped"] == 1 and trainer.skipped_in_a_row == 0
+    overwrite(parameter, float("nan"))
+    trainer.step(4)
+    trainer.step(5)
+    with pytest.raises(ValueError, match=r"3 steps in a row were skipped.*step-000001"):
+        trainer.step(6)
+    assert trainer.restore(checkpoint.latest(Path(trainer.config.run_dir))) == 2
+    assert trainer.step(2)["skipped"] == 0
+    trainer.close()
+
+
+def test_groups_that_all_fail_stop_the_run(configure, device, tmp_path):
+    (tmp_path / "zero.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 0.0\n"
+    )
+    trainer = make_trainer(
+        configure(f"reward.function={tmp_path}/zero.py:compute_score", "rollout.max_rounds=1"), device
+    )
+    trainer.step(1)
+    trainer.step(2)
+    with pytest.raises(ValueError, match="no group of this step"):
+        trainer.step(3)
+    trainer.close()
+
+
+def test_the_self_check_catches_a_model_whose_rows_leak(configure, device, monkeypatch):
+    from prime_fast import model
+
+    config = configure()
+    trainer = make_trainer(config, device)
+    arguments = (trainer.policy, trainer.prm, trainer.reference, trainer.rollout, trainer.inputs, config)
+    preflight.self_check(*arguments)
+
+    def leaking(q, k, v, scaling, dropout, window, layout):
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=scaling
+        )
+        return output[0].transpose(0, 1)
+
+    monkeypatch.setattr(model, "_by_length", leaking)
+    with pytest.raises(ValueError, match="packed rows and the same rows one at a time disagree"):
+        preflight.self_check(*arguments)
+    trainer.close()
+
+
+def test_the_self_check_catches_a_stale_rollout_engine(configure, device):
+    config = configure()
+    trainer = make_trainer(config, device)
+    with torch.no_grad():
+        head = trainer.rollout.engine.model.lm_head.weight
+        head.add_(0.1 * torch.randn_like(head))
+    with pytest.raises(ValueError, match="rollout engine and the trainer disagree"):
+        preflight.self_check(trainer.policy, trainer.prm, trainer.reference, trainer.rollout, trainer.inputs, config)
+    trainer.close()
+
+
+def test_a_frozen_parameter_is_named(configure, device):
+    trainer = make_trainer(configure("policy.mini_batch=1000"), device)
+    trainer.policy.lm.model.layers[1].mlp.down_proj.weight.register_hook(lambda grad: grad * 0)
+    with pytest.raises(
+        ValueError, match=r"1 parameters of the policy got no gradient.*layers\.1\.mlp\.down_proj\.weight"
+    ):
+        trainer.step(1)
+    trainer.close()
