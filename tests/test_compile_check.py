@@ -1,8 +1,7 @@
-import os
 import shutil
-import subprocess
 import sys
 
+import processes
 import pytest
 
 pytest.importorskip("triton", reason="pip install triton==3.7.1")
@@ -92,7 +91,7 @@ def test_every_module_ships_its_cases():
 
 def run(*arguments, **environment):
     command = [sys.executable, "-m", "prime_kernels.compile_check", *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    return processes.run(command, env=processes.environment(**environment))
 
 
 def test_the_command():

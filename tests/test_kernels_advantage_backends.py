@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -386,6 +387,6 @@ def test_triton_in_the_interpreter():
         "no:cacheprovider",
         __file__,
     ]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = processes.run(command, env=processes.environment(TRITON_INTERPRET="1"), timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50, done.stdout[-500:]

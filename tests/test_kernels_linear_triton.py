@@ -1,8 +1,7 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 pytest.importorskip("triton", reason="the triton back-end needs Triton: pip install triton==3.7.1")
@@ -11,12 +10,8 @@ pytest.importorskip("triton", reason="the triton back-end needs Triton: pip inst
 def test_in_the_interpreter():
     """The kernels run on the CPU, in a process of its own: Triton decides at import whether it interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("interpreted_linear.py"))],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command += [str(Path(__file__).with_name("interpreted_linear.py"))]
+    done = processes.run(command, env=processes.environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1"), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,7 +118,7 @@ def test_seeds():
 
 def test_too_few_problems(tmp_path):
     command = [sys.executable, "-m", "prime_fast.quickstart", str(tmp_path / "out"), "--chain", "2"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = processes.run(command)
     assert result.returncode == 2 and "raise --chain" in result.stderr and not (tmp_path / "out").exists()
 
 
@@ -146,4 +147,4 @@ def test_rows_load_and_score(task):
 
 def test_reward_import_is_light():
     code = "import sys, prime_fast.quickstart; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+    assert processes.run([sys.executable, "-c", code]).stdout.strip() == "False"

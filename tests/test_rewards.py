@@ -7,6 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from prime_fast.rewards import RewardPool, score
@@ -201,18 +202,22 @@ class TestPool:
     def test_ctrl_c(self, actor):
         """SIGINT during a hanging sample ends score() at once and leaves no process."""
         code = f"""
+            import signal
             from prime_fast.rewards import RewardPool
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run with it ignored
             with RewardPool({actor!r}, workers=2, timeout=600) as pool:
                 print("ready", *(w.process.pid for w in pool._pool), flush=True)
                 pool.score(["hang", "hang"], [{ROW!r}] * 2)
         """
-        parent = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        parent = processes.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         worker = int(parent.stdout.readline().split()[1])
         time.sleep(0.5)
         parent.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in parent.communicate(timeout=30)[1]
+        try:
+            assert "KeyboardInterrupt" in parent.communicate(timeout=30)[1]
+        finally:
+            processes.end(parent)
         assert ends(worker)
 
     @pytest.mark.parametrize("what", ["hang", "regex"])
@@ -223,7 +228,7 @@ class TestPool:
             print(pool._pool[0].process.pid, flush=True)
             pool.score([{what!r}], [{ROW!r}])
         """
-        parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+        parent = processes.start([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
         worker = int(parent.stdout.readline())
         time.sleep(0.5)
         parent.kill()
@@ -240,7 +245,7 @@ class TestPool:
 
     def test_import_is_light(self):
         code = "import sys, prime_fast.rewards; print([m for m in ('torch', 'deepspeed', 'vllm') if m in sys.modules])"
-        assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+        assert processes.run([sys.executable, "-c", code]).stdout.strip() == "[]"
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

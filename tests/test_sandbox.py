@@ -8,6 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from prime_fast import doctor
@@ -53,8 +54,7 @@ ORDINARY = ["secret file", "environment of every process", "tcp connection", "fo
 
 
 def run(code: str, *before: str, **options) -> subprocess.CompletedProcess:
-    command = [*before, sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return processes.run([*before, sys.executable, "-c", textwrap.dedent(code)], timeout=60, **options)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_attack_wins_without_a_sandbox(name, tmp_path):
         text = json.dumps(world.described())
         program = (READ + STDIN[name]).replace("'/tmp/", f"'{tmp_path}/")
         shell = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", program]  # a parent to look at
-        out = subprocess.run(shell, input=text, capture_output=True, text=True, timeout=60)
+        out = processes.run(shell, input=text, timeout=60)
         assert world.secret in out.stdout or world.win in out.stdout, out.stderr
 
 
@@ -131,14 +131,14 @@ def test_as_an_ordinary_user():
                 print(doctor.attack(attack, world, pool))
     """
     python = "/usr/bin/python3"
-    version = subprocess.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True)
-    if version.stdout.strip() != b"True":
+    version = processes.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"])
+    if version.stdout.strip() != "True":
         pytest.skip("no such Python")
     ordinary = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"]
     root = str(Path(doctor.__file__).parents[1])
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [*ordinary, python, "-c", textwrap.dedent(code)]
-    out = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120)
+    out = processes.run(command, env=environment, cwd="/", timeout=120)
     assert out.stdout.split() == ["[1.0]"] + ["None"] * len(ORDINARY), out.stderr
 
 
@@ -215,7 +215,7 @@ def test_no_program_survives_a_kill(whom):
         print(pool._pool[0].process.pid, flush=True)
         pool.score(["while True: pass"], [{ROW!r}])
     """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    parent = processes.start([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     watcher = int(parent.stdout.readline())
     for _ in range(200):
         if len(family := doctor.descendants(watcher)) >= 3:
@@ -227,8 +227,7 @@ def test_no_program_survives_a_kill(whom):
     try:
         assert all(_ends(pid) for pid in family[1:])
     finally:
-        parent.kill()
-        parent.communicate()
+        processes.end(parent)
     assert _ends(watcher) and _ends(scorer)
 
 

@@ -1,11 +1,11 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,12 +35,6 @@ def run(workspace, run_dir, *overrides, resume=False):
     arguments = ["train", str(workspace / "config.yaml"), f"run_dir={run_dir}", *overrides]
     assert main([*arguments, "--resume"] if resume else arguments) == 0
     return read_metrics(run_dir)
-
-
-def fresh_environment():
-    """Without the process group of this test process."""
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in group}
 
 
 def stable(records):
@@ -106,7 +100,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
     killed = tmp_path / "run"
     command = [sys.executable, "-m", "prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={killed}"]
     command += ["steps=4", "log.checkpoint_every=1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=fresh_environment())
+    process = processes.start(command, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while (
         not (killed / "checkpoints" / "step-000001").exists()
@@ -114,8 +108,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
     ):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    processes.end(process)
     resumed = run(workspace, killed, "steps=4", "log.checkpoint_every=1", resume=True)
     assert stable(resumed) == stable(records)
     expected, got = weights(run_dir), weights(killed)
@@ -130,7 +123,7 @@ def test_two_ranks_do_the_same_as_one(mini_batch, workspace, tmp_path):
     records = run(workspace, tmp_path / "one", *overrides)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'two'}", *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=fresh_environment())
+    result = processes.run(command)
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = records[1], read_metrics(tmp_path / "two")[1]
     for key in ("outcome", "groups_kept", "groups", "rows", "response_length", "rollouts"):

@@ -82,7 +82,7 @@ print(w['win'])""",
     "shell": "import subprocess\nprint(subprocess.check_output('id', shell=True))\n" + WIN,
     "spawn": "os.posix_spawn('/usr/bin/id', ['id'], {}); " + WIN,
     "exec": "os.execv(sys.executable or '/usr/bin/python3', ['python3', '-c', f'print({w[\"win\"]!r})'])",
-    "process pool": "from multiprocessing import Pool\nprint(Pool(2).map(str, [w['win']])[0])",
+    "process pool": "from multiprocessing import Pool\nwith Pool(2) as pool: print(pool.map(str, [w['win']])[0])",
     "thread bomb": """
 import threading, time
 for n in range(5000): threading.Thread(target=time.sleep, args=(600,)).start()
