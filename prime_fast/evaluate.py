@@ -13,7 +13,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -26,11 +26,12 @@ from prime_fast import evalreport, preflight
 from prime_fast.bestofn import implicit_rewards
 from prime_fast.checkpoint import latest
 from prime_fast.config import Config, ModelConfig, PrimeConfig, RewardConfig, RolloutConfig
-from prime_fast.data import load_rows
+from prime_fast.data import Rows, load_rows
 from prime_fast.engine import training_dtype
 from prime_fast.rewards import RewardPool
 from prime_fast.rewards.pool import SANDBOXES
 from prime_fast.rollout import Request, RolloutEngine, Sample, make_engine
+from prime_fast.rollout.collect import Group
 
 ENGINES = get_args(RolloutConfig.model_fields["engine"].annotation)
 MAX_RESPONSE = RolloutConfig.model_fields["max_response"].default
@@ -94,6 +95,31 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     evalreport.draw(summary, models["model"]).savefig(settings.out / "eval.png", dpi=130)
     console.print(f"outputs, summary.json and eval.png: {settings.out}", soft_wrap=True, markup=False)
     return summary
+
+
+def during_training(rows: Rows, groups: Sequence[Group], tokenizer: Any, outputs: Path | None) -> dict[str, float]:
+    """The metrics of a greedy pass over held-out rows, group i of row i: the same numbers as `evaluate` reports.
+
+    eval_accuracy is the share of solved problems (of several data_sources the mean of their shares, each under
+    eval_accuracy/NAME too); eval_low and eval_high bound its 95% interval. `outputs` receives a line a problem.
+    """
+    problems = [
+        Problem(row["data_source"], row, len(row["prompt_ids"])) for row in map(rows.__getitem__, range(len(rows)))
+    ]
+    records = []
+    for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
+        texts = [tokenizer.decode(sample.tokens, skip_special_tokens=True) for sample in group.samples]
+        records.append(_record(i, problem, group.samples, texts, list(group.outcomes)))
+    if outputs is not None:
+        outputs.parent.mkdir(exist_ok=True)
+        outputs.unlink(missing_ok=True)
+        _append(outputs, records)
+    summary = evalreport.summarize(problems, {"greedy": records}, None)
+    *_, overall = summary.values()
+    single = {f"eval_accuracy/{name}": row["greedy"].value for name, row in summary.items() if row is not overall}
+    accuracy, low, high = overall["greedy"]
+    metrics = {"eval_accuracy": accuracy, "eval_low": low, "eval_high": high} | single
+    return metrics | {f"eval_{key}": overall[key] for key in ("outcome", "response_length", "truncated")}
 
 
 def find_model(path: str, role: str) -> str:
@@ -213,18 +239,22 @@ def _grade(
     rows = [problems[i].row for i, group in finished for _ in group]
     outcomes = iter(pool.score(sum(texts, []), rows))
     return [
-        {
-            "problem": i,
-            "benchmark": problems[i].benchmark,
-            "prompt": problems[i].row["prompt"],
-            "ground_truth": (problems[i].row["reward_model"] or {}).get("ground_truth"),
-            "responses": responses,
-            "outcomes": [next(outcomes) for _ in group],
-            "truncated": [sample.truncated for sample in group],
-            "tokens": [sample.tokens.tolist() for sample in group],
-        }
+        _record(i, problems[i], group, responses, [next(outcomes) for _ in group])
         for (i, group), responses in zip(finished, texts, strict=True)
     ]
+
+
+def _record(i: int, problem: Problem, samples: Sequence[Sample], responses: list[str], outcomes: list[float]) -> dict:
+    return {
+        "problem": i,
+        "benchmark": problem.benchmark,
+        "prompt": problem.row["prompt"],
+        "ground_truth": (problem.row["reward_model"] or {}).get("ground_truth"),
+        "responses": responses,
+        "outcomes": outcomes,
+        "truncated": [sample.truncated for sample in samples],
+        "tokens": [sample.tokens.tolist() for sample in samples],
+    }
 
 
 def _tell(console: Console, name: str, records: Collection[dict], total: int, seconds: float) -> None:

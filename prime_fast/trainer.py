@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import prime_kernels
-from prime_fast import checkpoint, distributed, memory, passes, preflight, prime
+from prime_fast import checkpoint, distributed, evaluate, memory, passes, preflight, prime
 from prime_fast.config import Config, OptimizerConfig
 from prime_fast.engine import Engine
 from prime_fast.metrics import MetricsLog, Phases, write_samples
@@ -50,14 +50,14 @@ class Trainer:
         if first_step == 1:
             preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
             if evaluates:
-                self._write(log, {"step": 0, "rollouts": 0} | self._evaluate())
+                self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step, config.steps + 1):
             before, self.updated = self._state(), False
             last = step == config.steps
             try:
                 record = {"step": step} | self.step(step)
                 if evaluates and (step % config.log.eval_every == 0 or last):
-                    record |= self._evaluate()
+                    record |= self._evaluate(step)
             except EngineError:
                 self._save_what_was_trained(step, before)
                 raise
@@ -68,6 +68,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One PRIME step; returns its metrics."""
         config, phases = self.config, self.phases
+        prime_kernels.last_used.clear()
         groups, record, fresh = self.collector.collect(phases)
         if distributed.rank() == 0:
             write_samples(Path(config.run_dir), [self._sample(step, group) for group in fresh[:SAMPLES_PER_STEP]])
@@ -124,6 +125,7 @@ class Trainer:
             }
             | result.mismatch
             | self._throughput(batch)
+            | {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
         )
         if not (result.applied and prm_applied):
             return record | self._skip("a loss or gradient is not finite")
@@ -276,9 +278,13 @@ class Trainer:
             )
         return {"skipped": self.skipped, "skip_reason": reason}
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Greedy, on the held-out rows; rank 0 keeps the responses in run_dir/eval."""
+        outputs = Path(self.config.run_dir) / "eval" / f"step-{step:06d}.jsonl"
         with self.phases("eval"):
-            return self.collector.evaluate(self.inputs.eval)
+            groups = self.collector.greedy(self.inputs.eval)
+            here = outputs if distributed.rank() == 0 else None
+            return evaluate.during_training(self.inputs.eval, groups, self.inputs.tokenizer, here)
 
     def _sample(self, step: int, group: Group) -> dict[str, Any]:
         decode = self.inputs.tokenizer.decode

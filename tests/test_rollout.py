@@ -1,16 +1,17 @@
 import pytest
 import torch
+from engines import EOS, start_engine
 from transformers import AutoModelForCausalLM
 
 from prime_fast.rollout import EngineError
-from prime_fast.rollout.hf import HFEngine, _sample
-
-EOS = 1
+from prime_fast.rollout.hf import _sample
 
 
-@pytest.fixture(scope="module")
-def engine(workspace):
-    return HFEngine(str(workspace / "model"), [EOS], dtype=torch.float32, device=torch.device("cpu"), batch=16)
+@pytest.fixture(scope="module", params=["hf", "vllm"])
+def engine(request, workspace):
+    engine = start_engine(request.param, workspace / "model", batch=16)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +73,10 @@ def test_draws_follow_the_distribution():
     assert edges.tolist() == [0, 3]
 
 
-def test_weights_must_be_complete_and_known(engine):
-    names = dict(engine.model.named_parameters())
-    engine.load_weights((name, tensor.clone()) for name, tensor in names.items())
-    with pytest.raises(EngineError, match="no parameter lm_head.wait"):
-        engine.load_weights([("lm_head.wait", torch.zeros(1))])
-    with pytest.raises(EngineError, match="got no weights, among them lm_head.weight"):
-        engine.load_weights((name, tensor.clone()) for name, tensor in names.items() if name != "lm_head.weight")
+def test_weights_must_be_complete_and_known(engine, workspace):
+    weights = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
+    with pytest.raises(EngineError, match="model.norm.weight"):
+        engine.load_weights((name, tensor) for name, tensor in weights.items() if name != "model.norm.weight")
+    engine.load_weights(weights.items())
+    with pytest.raises((EngineError, ValueError), match="lm_head.wait"):
+        engine.load_weights([*weights.items(), ("lm_head.wait", torch.zeros(1))])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import prime_kernels
 from prime_fast import checkpoint, passes, preflight
 from prime_fast.cli import main
 from prime_fast.engine import deepspeed  # imported there after the accelerator is chosen
@@ -63,8 +64,15 @@ def test_a_run_leaves_everything_it_promises(straight):
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert set(EXPECTED.split()) <= set(records[1])
     assert "eval_accuracy" in records[0] and "eval_accuracy" in records[4] and "eval_accuracy" not in records[1]
+    outputs = [json.loads(line) for line in (run_dir / "eval" / "step-000004.jsonl").read_text().splitlines()]
+    solved = [outcome for output in outputs for outcome in output["outcomes"]]
+    assert len(solved) == 8 and records[4]["eval_accuracy"] == sum(solved) / 8
+    assert records[4]["eval_low"] < records[4]["eval_accuracy"] < records[4]["eval_high"] or not 0 < sum(solved) < 8
     finite = [v for record in records for v in record.values() if isinstance(v, float)]
     assert all(map(torch.isfinite, torch.tensor(finite)))
+    ops = {key.removeprefix("kernel/"): value for key, value in records[1].items() if key.startswith("kernel/")}
+    usable = prime_kernels.backends().items()
+    assert ops == {op: next(name for name, state in table.items() if state == "ok") for op, table in usable}
     assert (run_dir / "config.yaml").is_file() and (run_dir / "report" / "curves.png").stat().st_size > 10_000
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert {"step", "prompt", "response", "outcome"} <= set(samples[0])

@@ -112,14 +112,13 @@ class Collector:
         kept, self.surplus = kept[: self.config.prompts], kept[self.config.prompts :]
         return kept, self._metrics(fresh, len(passing)), fresh
 
-    def evaluate(self, rows: Rows) -> dict[str, float]:
-        """Greedy accuracy and mean response length over `rows`."""
+    def greedy(self, rows: Rows) -> list[Group]:
+        """One greedy response to each of `rows`, in their order."""
         self._submit({i: (i, [0]) for i in range(len(rows))}, rows, temperature=0.0)
-        results, phases = [], Phases()
-        while len(results) < len(rows):
-            results += [(group.outcomes[0], len(group.samples[0].tokens)) for group in self._tick(phases)]
-        accuracy, length = torch.tensor(sorted(results), dtype=torch.float64).mean(0).tolist()
-        return {"eval_accuracy": accuracy, "eval_response_length": length}
+        groups, phases = {}, Phases()
+        while len(groups) < len(rows):
+            groups |= {group.id: group for group in self._tick(phases)}
+        return [groups[i] for i in range(len(rows))]
 
     def state_dict(self) -> dict[str, Any]:
         surplus = [(g.id, g.row, g.prompt, [tuple(s) for s in g.samples], g.outcomes) for g in self.surplus]
