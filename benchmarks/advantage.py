@@ -9,6 +9,7 @@ of every result. Writes benchmarks/results/<device>/advantage.json and prints a 
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -66,6 +67,15 @@ def in_turns(candidates: dict[str, Callable], timed: Timer, rounds: int) -> dict
     return seconds
 
 
+def keep_heap() -> None:
+    """Let malloc keep what is freed, for every candidate: else the kernel takes back hundreds of MB after each call of
+    the torch reference, and what that costs falls on whoever runs next."""
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(mmap, 32 << 20) and libc.mallopt(trim, 2**31 - 1)):
+        raise RuntimeError("mallopt refused")
+
+
 def wall(call: Callable) -> float:
     start = time.perf_counter()
     call()
@@ -82,6 +92,7 @@ def loops(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def cpu(rounds: int) -> list[dict]:
     """One row a candidate; `times_cpu` is how many times the C++ back-end's time it takes."""
+    keep_heap()
     small, arguments = batch(64, 200, "cpu"), batch(1024, 2740, "cpu")
     fast = {"cpu": ours("cpu"), "torch": ours("torch")}
     slow = {
