@@ -125,17 +125,18 @@ def _takes_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, YAML values")
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if options.dry_run:
         from prime_fast.memory import print_dry_run
 
         print_dry_run(config, options.ranks or int(os.environ.get("WORLD_SIZE", "1")), Console())
-        return
+        return 0
     newest = _prepare_run_dir(config, options.resume)
 
     from prime_fast import distributed, engine, preflight
     from prime_fast.checkpoint import latest
+    from prime_fast.rollout import EngineError
     from prime_fast.trainer import Trainer
 
     device = engine.start()
@@ -143,11 +144,18 @@ def _train(options: argparse.Namespace) -> None:
     try:
         first = trainer.restore(newest) if newest else 1
         trainer.run(_open_run(config, resume_step=first - 1), first)
+    except EngineError as error:
+        newest = latest(Path(config.run_dir))
+        after = f"continue from {newest} with --resume" if newest else "no checkpoint was written yet"
+        if distributed.rank() == 0:
+            print(f"prime-fast: {error}; {after}", file=sys.stderr)
+        return 1
     finally:
         trainer.close()
     if distributed.rank() == 0:
         _report(argparse.Namespace(runs=[config.run_dir], out=None))
         print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
+    return 0
 
 
 def _sft(options: argparse.Namespace) -> None:

@@ -245,6 +245,7 @@ class EngineProcess(RolloutEngine):
     def _environment(self) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         ours["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        ours.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # vLLM's, about torch
         if "expandable_segments" in ours.get("PYTORCH_CUDA_ALLOC_CONF", ""):
             del ours["PYTORCH_CUDA_ALLOC_CONF"]
         if self.gpus:
