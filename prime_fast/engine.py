@@ -77,7 +77,7 @@ class Engine:
         lm = load_sharded(path, self.dtype, settings)
         lm.config.use_cache = False
         if model.gradient_checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+            lm.gradient_checkpointing_enable({"use_reentrant": False})  # its name until transformers 6
         module = PackedLM(lm)
         for parameter in module.parameters():
             parameter.requires_grad_(self.trains)

@@ -132,7 +132,7 @@ def make_rows(chain: int, seed: int, sft_seed: int, sizes: tuple[int, int, int])
 
 
 def write_model(path: Path, seed: int) -> None:
-    """Writes a randomly initialised Qwen2 (447,360 float32 parameters) and its character tokenizer for transformers."""
+    """Writes a randomly initialised Qwen2 (645,632 float32 parameters) and its character tokenizer for transformers."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -142,10 +142,10 @@ def write_model(path: Path, seed: int) -> None:
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = Qwen2Config(
         vocab_size=len(CHARACTERS),
-        hidden_size=96,
+        hidden_size=128,
         num_hidden_layers=3,
-        num_attention_heads=3,  # of 32: vLLM on a CPU has attention for few sizes
-        num_key_value_heads=3,
+        num_attention_heads=4,  # of 32: vLLM on a CPU has attention for few sizes
+        num_key_value_heads=4,
         intermediate_size=384,
         max_position_embeddings=512,
         tie_word_embeddings=False,

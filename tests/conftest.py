@@ -20,7 +20,7 @@ def workspace(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("workspace")
     torch.manual_seed(0)
-    write_model(root / "model", seed=0)
+    write_model(root / "model", seed=4)
     rng = random.Random(0)
     with open(root / "rows.jsonl", "w") as file:
         for index in range(40):

@@ -163,7 +163,7 @@ def test_gradient_checkpointing_changes_nothing():
         lm = AutoModelForCausalLM.from_config(CONFIGS["llama"])
         lm.config.use_cache = False
         if checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
         model = PackedLM(lm).train()
         model(part, lambda h, w, bias: -prime_kernels.linear_logprob(h, w, part.targets, bias=bias).sum()).backward()
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})

@@ -124,7 +124,7 @@ def test_too_few_problems(tmp_path):
 
 def test_model_and_tokenizer(task):
     model, tokenizer = (cls.from_pretrained(task / "model") for cls in (AutoModelForCausalLM, AutoTokenizer))
-    assert sum(p.numel() for p in model.parameters()) == 447_360 and str(model.dtype) == "torch.float32"
+    assert sum(p.numel() for p in model.parameters()) == 645_632 and str(model.dtype) == "torch.float32"
     assert len(tokenizer) == model.config.vocab_size == len(quickstart.CHARACTERS)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("$", "_")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 1

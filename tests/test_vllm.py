@@ -289,6 +289,6 @@ def test_a_model_without_attention_on_a_cpu_is_refused_in_one_sentence(workspace
     for file in (workspace / "model").iterdir():
         (path / file.name).symlink_to(file)
     (path / "config.json").unlink()
-    (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "num_key_value_heads": 4}))
+    (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8, "num_key_value_heads": 8}))
     assert train(workspace, tmp_path / "run", f"model.policy={path}") == 2
-    assert "no attention for heads of 24" in capsys.readouterr().err
+    assert "no attention for heads of 16" in capsys.readouterr().err
