@@ -1,10 +1,11 @@
-"""Throughput of the reward pool, against a process for each sample.
+"""Pass rates of the verifiers and throughput of the reward pool, against a process for each sample.
 
     python -m benchmarks.rewards --math gsm8k.jsonl math500.jsonl --code leetcode.jsonl
 
-1024 worked solutions, every fourth against another row's ground truth, and 256 programs: right, wrong and endless ones
-for LeetCode rows (100 asserts each) and for a stdin task. A process per sample does the same grading in a new
-interpreter each, so many at a time as the pool has workers, on the first samples that are not endless.
+How many worked solutions score as they should; then the throughput on 1024 of them, every fourth against another row's
+ground truth, and on 256 programs: right, wrong and endless ones for LeetCode rows (100 asserts each) and for a stdin
+task. A process per sample does the same grading in a new interpreter each, so many at a time as the pool has workers,
+on the first samples that are not endless.
 """
 
 from __future__ import annotations
@@ -57,6 +58,22 @@ def math_samples(paths: Sequence[str]) -> tuple[list[str], list[dict]]:
     rows = [row for row in rows if row["extra_info"].get("solution")][:MATH_SAMPLES]
     responses = [row["extra_info"]["solution"] for row in rows]
     return responses, [rows[i - 1] if i % 4 == 3 else row for i, row in enumerate(rows)]
+
+
+def pass_rates(path: str, workers: int) -> dict:
+    """How many worked solutions of a file score 1 against their own ground truth, and 0 against the next row's."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["extra_info"].get("solution")]
+    solutions = [row["extra_info"]["solution"] for row in rows]
+    others = rows[1:] + rows[:1]
+    truths = [rf"\boxed{{{row['reward_model']['ground_truth']}}}" for row in rows]
+    with RewardPool("math", workers) as pool:
+        own = pool.score(solutions, rows)
+        differs = [outcome == 0 for outcome in pool.score(truths, others)]
+        another = [x for x, differ in zip(pool.score(solutions, others), differs, strict=True) if differ]
+    failed = [row["extra_info"].get("index", i) for i, row in enumerate(rows) if own[i] != 1]
+    own_truth = {"rows": len(rows), "score_1": own.count(1.0), "others": failed}
+    return {"own_truth": own_truth, "another_truth": {"rows": len(another), "score_0": another.count(0.0)}}
 
 
 def code_samples(path: str) -> tuple[list[str], list[dict], list[str]]:
@@ -150,6 +167,7 @@ def main() -> None:
     responses, rows = math_samples(options.math)
     math = measure("math", responses, rows, list(range(len(rows))), options.workers)
     math.pop("outcomes")
+    math["solutions"] = {Path(path).stem: pass_rates(path, options.workers) for path in options.math}
     responses, rows, kinds = code_samples(options.code)
     short = [index for index, kind in enumerate(kinds) if kind != "endless"]
     code = measure("code", responses, rows, short, options.workers)
