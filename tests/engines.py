@@ -21,7 +21,7 @@ def needs_vllm() -> None:
 
 
 def start_engine(
-    name: str, model: Path | str, *, batch: int = 64, longest: int = 64, bucket_bytes: int = 1 << 20, **deadlines: float
+    name: str, model: Path | str, *, batch: int = 64, longest: int = 64, options: dict | None = None, **deadlines: float
 ) -> RolloutEngine:
     """On the CPU in float32. The buckets are small, so that several of them make a sync."""
     cpu = torch.device("cpu")
@@ -29,5 +29,5 @@ def start_engine(
         return HFEngine(str(model), [EOS], dtype=torch.float32, device=cpu, batch=batch)
     needs_vllm()
     settings = {"path": str(model), "eos_ids": [EOS], "dtype": torch.float32, "longest": longest, "batch": batch}
-    settings |= {"bucket_bytes": bucket_bytes, "options": {}}
+    settings |= {"bucket_bytes": 1 << 20, "options": options or {}}
     return EngineProcess(settings, cpu, deadlines=Deadlines(**deadlines))

@@ -99,6 +99,21 @@ def test_a_tied_head_of_another_architecture(tmp_path, workspace):
         vllm.close()
 
 
+def test_more_prompts_than_fit_a_step(workspace):
+    """Prompts that would be prefilled in pieces, and more sequences than are decoded together."""
+    prompts = [(PROMPTS[8] * 5)[: 30 + i % 10] for i in range(40)]
+    seeds = [[2 * i, 2 * i + 1] for i in range(40)]
+    vllm = start_engine("vllm", workspace / "model", batch=24, options={"max_num_batched_tokens": 64})
+    try:
+        got = vllm.generate(prompts, seeds, max_tokens=12, temperature=1.0)
+        again = vllm.generate(prompts[::-1], seeds[::-1], max_tokens=12, temperature=1.0)[::-1]
+    finally:
+        vllm.close()
+    assert [len(group) for group in got] == [2] * 40
+    same = [torch.equal(a.tokens, b.tokens) for x, y in zip(got, again, strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(same) >= 79  # rounding in another batch may turn a draw
+
+
 @pytest.mark.parametrize("how", ["a flipped bit", "a stale tensor", "two swapped halves"])
 def test_a_corrupted_sync_names_its_tensor(how, vllm, workspace, monkeypatch):
     name = "model.layers.1.mlp.down_proj.weight"

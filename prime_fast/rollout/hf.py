@@ -22,7 +22,7 @@ class HFEngine(RolloutEngine):
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.batch = device, batch
-        self.eos = torch.tensor(sorted(eos_ids), device=device)
+        self.eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
         self.waiting: list[Request] = []
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

