@@ -52,8 +52,13 @@ SUM = {"inputs": [f"{i} {i * i}\n" for i in range(20)], "outputs": [f"{i + i * i
 SUM_RIGHT, SUM_WRONG = "print(sum(map(int, input().split())))", "print(sum(map(int, input().split())) // 20 * 20)"
 
 
+def read(path: str) -> list[dict]:
+    with open(path, encoding="utf-8") as file:  # by \n alone: texts hold Unicode's line separators
+        return [json.loads(line) for line in file]
+
+
 def math_samples(paths: Sequence[str]) -> tuple[list[str], list[dict]]:
-    rows = [json.loads(line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    rows = [row for path in paths for row in read(path)]
     random.Random(0).shuffle(rows)
     rows = [row for row in rows if row["extra_info"].get("solution")][:MATH_SAMPLES]
     responses = [row["extra_info"]["solution"] for row in rows]
@@ -62,8 +67,7 @@ def math_samples(paths: Sequence[str]) -> tuple[list[str], list[dict]]:
 
 def pass_rates(path: str, workers: int) -> dict:
     """How many worked solutions of a file score 1 against their own ground truth, and 0 against the next row's."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["extra_info"].get("solution")]
+    rows = [row for row in read(path) if row["extra_info"].get("solution")]
     solutions = [row["extra_info"]["solution"] for row in rows]
     others = rows[1:] + rows[:1]
     truths = [rf"\boxed{{{row['reward_model']['ground_truth']}}}" for row in rows]
@@ -79,8 +83,7 @@ def pass_rates(path: str, workers: int) -> dict:
 def code_samples(path: str) -> tuple[list[str], list[dict], list[str]]:
     """Programs, rows and what each program is: "right", "wrong" or "endless"."""
     tasks = [({"ability": "code", "reward_model": {"ground_truth": json.dumps(SUM)}}, SUM_RIGHT, SUM_WRONG)]
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read(path):
         head = row["prompt"][0]["content"].partition("```python\n")[2].partition("```")[0].rstrip()
         for method, body in SOLUTIONS.items():
             if f"def {method}(" in head:
