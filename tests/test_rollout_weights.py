@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_fast.rollout import EngineError
-from prime_fast.rollout.weights import Report, buckets, checksum, transfer, verify, view
+from prime_fast.rollout.weights import CHUNK, Report, buckets, checksum, transfer, verify, view
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8]
 
@@ -28,13 +28,16 @@ def plain(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_checksum(dtype, monkeypatch):
+def test_checksum(dtype):
     tensor = random_tensor(1001, dtype, 0)
-    assert checksum(tensor) == plain(tensor)
-    monkeypatch.setattr("prime_fast.rollout.weights.CHUNK", 100)
     assert checksum(tensor) == plain(tensor)
     assert checksum(tensor.view(7, 143).T) == checksum(tensor.view(7, 143).T.contiguous())
     assert checksum(tensor[:0]) == (0, 0)
+
+
+def test_checksum_of_several_chunks():
+    tensor = random_tensor(2 * CHUNK + 12345, torch.int8, 1)
+    assert checksum(tensor) == plain(tensor)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 399), st.integers(1, 7))

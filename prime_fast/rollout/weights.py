@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from prime_fast.rollout import EngineError
 BUCKET_BYTES = 512 << 20
 ALIGNMENT = 64  # bytes; where a tensor may start in a bucket
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 1 << 22  # words summed at a time, so that the int64 copies stay small
 PERIOD = (1 << 20) + 7  # prime: word i of a tensor weighs i modulo this
+CHUNK = 2 * PERIOD  # words summed at a time, so that the int64 copies stay small
 
 Checksum = tuple[int, int]
 
@@ -42,11 +43,15 @@ def checksum(tensor: Tensor) -> Checksum:
     """(sum of the words, sum of position-weighted words) modulo 2**64: the first survives concatenation."""
     words = tensor.detach().contiguous().view(-1).view(WORDS[tensor.element_size()])
     plain = weighted = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, len(words), CHUNK):
-        part = words[start : start + CHUNK].long()
-        position = torch.arange(start, start + len(part), device=words.device) % PERIOD
-        plain, weighted = plain + part.sum(), weighted + (part * position).sum()
+    for part in words.split(CHUNK):
+        plain, weighted = plain + part.sum(), weighted + (part * _positions(words.device)[: len(part)]).sum()
     return int(plain), int(weighted)
+
+
+@cache
+def _positions(device: torch.device) -> Tensor:
+    """The weights of a chunk's words."""
+    return torch.arange(CHUNK, device=device) % PERIOD
 
 
 def buckets(
