@@ -103,11 +103,9 @@ def during_training(rows: Rows, groups: Sequence[Group], tokenizer: Any, outputs
     eval_accuracy is the share of solved problems (of several data_sources the mean of their shares, each under
     eval_accuracy/NAME too); eval_low and eval_high bound its 95% interval. `outputs` receives a line a problem.
     """
-    problems = [
-        Problem(row["data_source"], row, len(row["prompt_ids"])) for row in map(rows.__getitem__, range(len(rows)))
-    ]
-    records = []
-    for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
+    problems, records = [], []
+    for i, group in enumerate(groups):
+        problems.append(problem := Problem(rows[i]["data_source"], rows[i], 0))
         texts = [tokenizer.decode(sample.tokens, skip_special_tokens=True) for sample in group.samples]
         records.append(_record(i, problem, group.samples, texts, list(group.outcomes)))
     if outputs is not None:
