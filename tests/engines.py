@@ -7,7 +7,7 @@ import torch
 
 from prime_fast.rollout import RolloutEngine
 from prime_fast.rollout.hf import HFEngine
-from prime_fast.rollout.process import Deadlines, EngineProcess
+from prime_fast.rollout.process import EngineProcess
 from prime_fast.rollout.vllm import check_installed
 
 EOS = 1
@@ -21,7 +21,7 @@ def needs_vllm() -> None:
 
 
 def start_engine(
-    name: str, model: Path | str, *, batch: int = 64, longest: int = 64, options: dict | None = None, **deadlines: float
+    name: str, model: Path | str, *, batch: int = 64, longest: int = 64, options: dict | None = None
 ) -> RolloutEngine:
     """On the CPU in float32. The buckets are small, so that several of them make a sync."""
     cpu = torch.device("cpu")
@@ -30,4 +30,4 @@ def start_engine(
     needs_vllm()
     settings = {"path": str(model), "eos_ids": [EOS], "dtype": torch.float32, "longest": longest, "batch": batch}
     settings |= {"bucket_bytes": 1 << 20, "options": options or {}}
-    return EngineProcess(settings, cpu, deadlines=Deadlines(**deadlines))
+    return EngineProcess(settings, cpu)
