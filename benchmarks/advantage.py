@@ -26,6 +26,7 @@ from torch import Tensor
 
 import prime_kernels
 from benchmarks import advantage_loops
+from benchmarks.machine import cpu_name
 from prime_kernels import prime_advantage
 
 RESULTS = Path(__file__).parent / "results"
@@ -203,9 +204,7 @@ def machine(device: str) -> dict:
     facts = {"torch": torch.__version__, "python": platform.python_version(), "load_average": os.getloadavg()[0]}
     if device == "cuda":
         return facts | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = found[1] if found else platform.processor()
-    return facts | {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return facts | {"device": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def table(rows: list[dict]) -> str:

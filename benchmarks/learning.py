@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.machine import cpu_name
 from prime_fast.config import Config, load_config
 from prime_fast.metrics import read_metrics
 from prime_fast.report import RUN_COLORS, STYLE, phase_seconds, series
@@ -206,11 +206,8 @@ def collect(study: Study, arms: Sequence[str], seeds: Sequence[int]) -> dict:
 
 
 def hardware(jobs: int, threads: int) -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "runs_at_a_time": jobs, "threads_per_run": threads}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "runs_at_a_time": jobs, "threads_per_run": threads}
 
 
 def plot(results: dict, path: Path) -> None:

@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 
 import prime_kernels
 from benchmarks import peers
+from benchmarks.machine import cpu_name, installed
 from prime_kernels.tune import HEADS
 
 RESULTS = Path(__file__).parent / "results"
@@ -195,17 +195,9 @@ def machine(device: str) -> dict:
         facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         facts |= {"nvidia_smi": subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[-1:]}
     else:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        facts |= {"device": name[1] if name else platform.processor(), "threads": torch.get_num_threads()}
+        facts |= {"device": cpu_name(), "threads": torch.get_num_threads()}
         facts |= {"load_average": os.getloadavg(), "cores": os.cpu_count()}
     return facts | {"backends": prime_kernels.backends()["linear_policy_loss"]}
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:

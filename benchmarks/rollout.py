@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.machine import cpu_name, installed
 from prime_fast.config import Config
 from prime_fast.data import load_rows
 from prime_fast.rollout import RolloutEngine, make_engine
@@ -135,14 +134,9 @@ def main() -> None:
 
 def write(arguments: argparse.Namespace, device: torch.device, parameters: int, records: dict) -> None:
     cuda = device.type == "cuda"
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = torch.cuda.get_device_name() if cuda else found[1] if found else platform.processor()
+    name = torch.cuda.get_device_name() if cuda else cpu_name()
     machine = {"device": name, "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
-    for package in PACKAGES:
-        try:
-            machine[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    machine |= {package: found for package in PACKAGES if (found := installed(package))}
     out = arguments.out or RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if cuda else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rollout.json"

@@ -13,7 +13,7 @@ HEADS = {
     "softcap": {"softcap": 1.5},
     "all": {"bias": True, "temperature": 1.3, "softcap": 2.0},
 }
-CUTS = [0, 3, 10, 11, 23]
+CUTS = [0, 3, 10, 11, 23]  # with chunks of 7: two rows in one, a row that just fits, a row that needs two
 
 
 @pytest.fixture(params=["7", "100"])

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_backend_cases import CUTS, HEADS
 
 from prime_kernels import linear_logprob, linear_policy_loss, linear_prm_loss
 from prime_kernels.linear_torch import chunk_rows, whole_rows
@@ -16,14 +17,6 @@ from prime_kernels.reference import (
 )
 
 N, H, V = 23, 12, 37
-CUTS = [0, 3, 10, 11, 23]  # with chunks of 7: two rows in one, a row that just fits, a row that needs two
-HEADS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "temperature": {"temperature": 0.7},
-    "softcap": {"softcap": 1.5},
-    "all": {"bias": True, "temperature": 1.3, "softcap": 2.0},
-}
 
 
 @pytest.fixture(autouse=True, params=["1", "7", "100"])

@@ -14,7 +14,7 @@ import torch
 from engines import EOS, needs_vllm, start_engine
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from prime_fast import checkpoint
+from prime_fast import checkpoint, doctor
 from prime_fast.cli import main
 from prime_fast.metrics import read_metrics
 from prime_fast.rollout import EngineDied, EngineError, Request, process
@@ -277,17 +277,13 @@ def test_ctrl_c_leaves_no_process(workspace, tmp_path):
         while not (metrics.exists() and '"step": 1' in metrics.read_text()):
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        engines = [pid for pid in map(int, children(run.pid)) if b"rollout.server" in cmdline(pid)]
+        engines = [pid for pid in doctor.descendants(run.pid) if b"rollout.server" in cmdline(pid)]
         assert len(engines) == 1
         run.send_signal(signal.SIGINT)
         assert run.wait(60) != 0
         assert gone(engines[0])
     finally:
         processes.end(run)
-
-
-def children(pid: int) -> list[str]:
-    return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def cmdline(pid: int) -> bytes:
