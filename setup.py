@@ -46,7 +46,7 @@ class Build(build_ext):
                     extension.extra_link_args += flags
                 super().build_extension(extension)
         except (BaseError, CompileError, ImportError, OSError, subprocess.CalledProcessError) as error:
-            for stale in Path("kernels").glob(extension.name.rpartition(".")[2] + ".*"):
+            for stale in Path("kernels/prime_kernels").glob(extension.name.rpartition(".")[2] + ".*"):
                 stale.unlink()  # an editable install would go on with the old code
             raise CompileError(f"{extension.name}: {error}") from error  # what setuptools forgives an optional one
 

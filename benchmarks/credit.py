@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prime_kernels
-from prime_fast import packing
-from prime_fast.checkpoint import latest
-from prime_fast.data import load_rows
-from prime_fast.model import PackedLM
-from prime_fast.quickstart import step_labels
+from prime_fast.data.rows import load_rows
+from prime_fast.engine import packing
+from prime_fast.engine.checkpoint import latest
+from prime_fast.engine.model import PackedLM
 from prime_fast.rollout.hf import HFEngine
+from prime_fast.stages.quickstart import step_labels
 
 PROBLEMS, SAMPLES, LONGEST = 256, 4, 40
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from benchmarks.machine import cpu_name
 from prime_fast.config import Config, load_config
 from prime_fast.metrics import read_metrics
-from prime_fast.report import RUN_COLORS, STYLE, phase_seconds, series
+from prime_fast.views.report import RUN_COLORS, STYLE, phase_seconds, series
 
 ARMS = {"prime": "PRIME, online PRM", "rloo": "RLOO, outcome only", "frozen": "PRIME, frozen PRM"}
 # "offline" trains the frozen arm's PRM on rollouts of a policy that stays what SFT made it
@@ -102,7 +102,7 @@ def prepare(study: Study, seed: int) -> None:
     if not task.exists():
         shutil.rmtree(partial(task), ignore_errors=True)
         sft_seed = str(seed if study.sft_per_seed else 0)
-        study.call(task.name, "prime_fast.quickstart", str(partial(task)), "--sft-seed", sft_seed)
+        study.call(task.name, "prime_fast.stages.quickstart", str(partial(task)), "--sft-seed", sft_seed)
         partial(task).rename(task)
     if sft.exists():
         check_same(sft, load_config(study.config, study.sft_overrides(seed)), {"sft"})

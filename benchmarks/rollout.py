@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import cpu_name, installed
 from prime_fast.config import Config
-from prime_fast.data import load_rows
+from prime_fast.data.rows import load_rows
 from prime_fast.rollout import RolloutEngine, make_engine
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,4 +1,4 @@
-// The two passes of prime_advantage over the tokens, on the CPU (kernels/advantage_rows.py is what lies between them).
+// The two passes of prime_advantage over the tokens, on the CPU (prime_kernels/advantage_rows.py is what lies between them).
 //
 // A row is walked from its end in blocks of kBlock tokens, n = 0 being its last token, so that nothing depends on where
 // the row is packed. With r the token rewards, the first pass sums what the moments of the advantages need, of

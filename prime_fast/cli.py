@@ -128,18 +128,19 @@ def _takes_config(command: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if options.dry_run:
-        from prime_fast.memory import print_dry_run
+        from prime_fast.views.plan import print_dry_run
 
         print_dry_run(config, options.ranks or int(os.environ.get("WORLD_SIZE", "1")), Console())
         return 0
     newest = _prepare_run_dir(config, options.resume)
 
-    from prime_fast import distributed, engine, preflight
-    from prime_fast.checkpoint import latest
+    from prime_fast import preflight
+    from prime_fast.engine import distributed, zero
+    from prime_fast.engine.checkpoint import latest
     from prime_fast.rollout import EngineError
     from prime_fast.trainer import Trainer
 
-    device = engine.start()
+    device = zero.start()
     trainer = Trainer(config, device, preflight.load_inputs(config))
     try:
         first = trainer.restore(newest) if newest else 1
@@ -164,17 +165,17 @@ def _sft(options: argparse.Namespace) -> None:
         raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
     _prepare_run_dir(config, resume=False)
 
-    from prime_fast import distributed, engine
-    from prime_fast.sft import sft
+    from prime_fast.engine import distributed, zero
+    from prime_fast.stages.sft import sft
 
-    device = engine.start()
+    device = zero.start()
     directory = sft(config, device, _open_run(config, resume_step=0, total_steps=config.sft.steps))
     if distributed.rank() == 0:
         print(f"wrote {directory}")
 
 
 def _report(options: argparse.Namespace) -> None:
-    from prime_fast.report import report, summary_table
+    from prime_fast.views.report import report, summary_table
 
     picture = report(options.runs, options.out)
     Console().print(summary_table(options.runs))
@@ -182,7 +183,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from prime_fast.evaluate import Settings, evaluate
+    from prime_fast.evaluation.evaluate import Settings, evaluate
 
     given = {key: value for key, value in vars(options).items() if key != "run"}
     name = "-".join(part for part in Path(options.model).parts if part not in ("/", "..", "checkpoints", "policy"))
@@ -191,8 +192,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from prime_fast.data.sources import read
     from prime_fast.rewards import RewardPool
-    from prime_fast.sources import read
 
     shape, rows = read(options.rows)
     pairs = _answered(rows, options.rows, options.responses)
@@ -239,7 +240,7 @@ def _answered(rows: Iterator, rows_name: str, name: str) -> Iterator[tuple[dict,
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from prime_fast import doctor
+    from prime_fast.views import doctor
 
     return doctor.main()
 
@@ -251,7 +252,7 @@ def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
         if (run_dir / "config.yaml").exists():
             raise ValueError(f"{run_dir} already holds a run; continue it with --resume, or choose another run_dir")
         return None
-    from prime_fast.checkpoint import latest
+    from prime_fast.engine.checkpoint import latest
 
     newest = latest(run_dir)
     if newest is not None:
@@ -274,7 +275,7 @@ def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
 
 def _open_run(config: Config, resume_step: int, total_steps: int | None = None) -> MetricsLog | None:
     """Write the resolved config and open the metrics; rank 0 only."""
-    from prime_fast import distributed
+    from prime_fast.engine import distributed
     from prime_fast.metrics import MetricsLog
 
     if distributed.rank() != 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+GIB = 1 << 30
 ETA_WINDOW = 20  # steps whose mean duration predicts the rest
 
 
@@ -119,6 +121,13 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 def write_samples(run_dir: str | Path, records: list[dict]) -> None:
     """Append records with a "step" (prompt, response, outcome, ...) to run_dir/samples.jsonl."""
     _append(Path(run_dir) / SAMPLES, records)
+
+
+def peak_gib() -> float:
+    """Highest memory in use in this process so far: GPU memory where there is one, else resident host memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def _append(path: Path, records: list[dict]) -> None:

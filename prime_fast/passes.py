@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import prime_kernels
-from prime_fast import distributed, packing
 from prime_fast.config import PolicyConfig
-from prime_fast.engine import Engine, StepResult
-from prime_fast.packing import Pack
-from prime_fast.rollout.collect import Batch
+from prime_fast.engine import distributed, packing
+from prime_fast.engine.batch import Batch
+from prime_fast.engine.packing import Pack
+from prime_fast.engine.zero import Engine, StepResult
 
 MiniBatch = list[list[list[int]]]  # [micro-batch][rank] -> rows of the batch
 # largest mean |difference| of two computations of the same log-probs, nats; bfloat16 forwards differ by rounding

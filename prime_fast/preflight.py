@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from prime_fast import distributed, passes
+from prime_fast import passes
 from prime_fast.config import Config
-from prime_fast.data import Rows, load_rows
-from prime_fast.engine import Engine
+from prime_fast.data.models import eos_ids, load_tokenizer, model_config
+from prime_fast.data.rows import Rows, load_rows
+from prime_fast.engine import distributed
+from prime_fast.engine.batch import Batch, Group
+from prime_fast.engine.zero import Engine
 from prime_fast.rollout import Request
-from prime_fast.rollout.collect import Batch, Group
 from prime_fast.rollout.fleet import Fleet
 
 CHECK_PROMPTS, CHECK_TOKENS = 4, 32  # prompts per rollout engine
@@ -51,40 +53,6 @@ def load_inputs(config: Config) -> Inputs:
     if distributed.rank() == 0:
         print(train)
     return Inputs(tokenizer, eos_ids(config.model.policy, tokenizer), train, held_out)
-
-
-def model_config(path: str) -> PretrainedConfig:
-    """The Hugging Face config of a checkpoint, or a config.json alone."""
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no Hugging Face config at {path!r}: give a model directory or a hub id that is cached or reachable "
-            "(a dry run needs no more than a directory with its config.json)"
-        ) from error
-
-
-def load_tokenizer(path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer at {path!r}; save the model's tokenizer beside its weights") from error
-
-
-def eos_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
-    """Every token id that ends a response: the tokenizer's and the generation config's."""
-    try:
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # a checkpoint need not have a generation config
-        listed = None
-    ids = {listed} if isinstance(listed, int) else set(listed or ())
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    if not ids:
-        raise ValueError(
-            f"{path} names no EOS token, so no response would end; set eos_token in its tokenizer_config.json"
-        )
-    return tuple(sorted(ids))
 
 
 def self_check(

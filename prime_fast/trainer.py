@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 import prime_kernels
-from prime_fast import checkpoint, distributed, evaluate, memory, passes, preflight, prime
+from prime_fast import passes, preflight, prime
 from prime_fast.config import Config, OptimizerConfig
-from prime_fast.engine import Engine
-from prime_fast.metrics import MetricsLog, Phases, write_samples
+from prime_fast.engine import checkpoint, distributed
+from prime_fast.engine.batch import Batch, Group
+from prime_fast.engine.zero import Engine
+from prime_fast.evaluation import evaluate
+from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import EngineError, make_engine
-from prime_fast.rollout.collect import Batch, Collector, Group
+from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
 
 MAX_SKIPPED = 3  # steps in a row without a usable update before the run stops
@@ -262,7 +265,7 @@ class Trainer:
     def _throughput(self, batch: Batch) -> dict[str, float]:
         """Trained tokens a second over the whole step so far, prompts included, and the peak memory of any rank."""
         seconds = time.perf_counter() - self.last_write
-        return {"tokens_per_second": sum(batch.lengths) / seconds, "peak_memory_gib": memory.peak_gib()}
+        return {"tokens_per_second": sum(batch.lengths) / seconds, "peak_memory_gib": distributed.max_(peak_gib())}
 
     def _skip(self, reason: str) -> dict[str, Any]:
         """Count a step whose update was not applied; stop the run when they come one after another."""

@@ -16,7 +16,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
     """A tiny random model with its tokenizer, rows whose outcome is a coin flip, and a config for them."""
-    from prime_fast.quickstart import write_model
+    from prime_fast.stages.quickstart import write_model
 
     root = tmp_path_factory.mktemp("workspace")
     torch.manual_seed(0)
@@ -62,6 +62,6 @@ def configure(workspace, tmp_path):
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    from prime_fast import engine
+    from prime_fast.engine import zero
 
-    return engine.start()
+    return zero.start()

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prime_kernels
-from prime_fast import checkpoint, passes, preflight
+from prime_fast import passes, preflight
 from prime_fast.cli import main
-from prime_fast.engine import deepspeed  # imported there after the accelerator is chosen
+from prime_fast.engine import checkpoint
+from prime_fast.engine.batch import Batch
+from prime_fast.engine.zero import deepspeed  # imported there after the accelerator is chosen
 from prime_fast.metrics import read_metrics
-from prime_fast.rollout.collect import Batch
 from prime_fast.trainer import Trainer
 
 safe_get_full_optimizer_state = deepspeed.utils.safe_get_full_optimizer_state
@@ -344,7 +345,7 @@ def test_groups_that_all_fail_stop_the_run(configure, device, tmp_path):
 
 
 def test_the_self_check_catches_a_model_whose_rows_leak(configure, device, monkeypatch):
-    from prime_fast import model
+    from prime_fast.engine import model
 
     config = configure()
     trainer = make_trainer(config, device)

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from prime_fast.config import Config
-
-
-class Sample(NamedTuple):
-    tokens: Tensor  # (L,) int64, ends with EOS unless truncated
-    logprob: Tensor  # (L,) float32 nats, under the engine's weights, after temperature
-    truncated: bool  # max_tokens was reached before EOS
+from prime_fast.engine.batch import Sample
 
 
 class Request(NamedTuple):

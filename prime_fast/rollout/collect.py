@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from prime_fast import distributed
 from prime_fast.config import RolloutConfig
-from prime_fast.data import PromptSampler, Rows
+from prime_fast.data.rows import PromptSampler, Rows
+from prime_fast.engine import distributed
+from prime_fast.engine.batch import Group, Sample
 from prime_fast.metrics import Phases
 from prime_fast.prime import keep_groups
 from prime_fast.rewards import RewardPool
-from prime_fast.rollout import Request, Sample
+from prime_fast.rollout import Request
 from prime_fast.rollout.fleet import Fleet
 from prime_fast.rollout.verify import Verifier
 
 PRIOR_GROUPS = 8  # how many groups of this step the last step's pass rate weighs as much as
-
-
-@dataclass(frozen=True)
-class Group:
-    """K responses to one prompt."""
-
-    id: int  # number of the draw, unique in a run
-    row: int  # index of the prompt in the data
-    prompt: tuple[int, ...]
-    samples: tuple[Sample, ...]
-    outcomes: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a step trains on, the same on every rank. R rows, T response tokens in all, row after row."""
-
-    prompts: list[Tensor]  # R of (P,) int64
-    responses: list[Tensor]  # R of (L,) int64
-    engine_logprob: Tensor  # (T,) float32
-    outcome: Tensor  # (R,) float32
-    group: Tensor  # (R,) int64
-    cu_seqlens: Tensor  # (R+1,) int32
-    fresh: Tensor  # (R,) bool: sampled with the weights that are about to be updated
-
-    @classmethod
-    def of(cls, groups: Sequence[Group], first_fresh: int = 0) -> Batch:
-        """first_fresh: the id from which groups are fresh; the ones before waited as surplus."""
-        rows = [(group, k) for group in groups for k in range(len(group.samples))]
-        samples = [group.samples[k] for group, k in rows]
-        return cls(
-            prompts=[torch.tensor(group.prompt) for group, _ in rows],
-            responses=[sample.tokens for sample in samples],
-            engine_logprob=torch.cat([sample.logprob for sample in samples]),
-            outcome=torch.tensor([group.outcomes[k] for group, k in rows], dtype=torch.float32),
-            group=torch.tensor([group.id for group, _ in rows]),
-            cu_seqlens=torch.tensor([0, *accumulate(len(sample.tokens) for sample in samples)], dtype=torch.int32),
-            fresh=torch.tensor([group.id >= first_fresh for group, _ in rows]),
-        )
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens fed per row: prompt and response but for the last one, which predicts nothing."""
-        return [len(prompt) + len(response) - 1 for prompt, response in zip(self.prompts, self.responses, strict=True)]
 
 
 class Collector:

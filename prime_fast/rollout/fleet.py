@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from prime_fast import distributed
-from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, Sample
+from prime_fast.engine import distributed
+from prime_fast.engine.batch import Sample
+from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from prime_fast.rollout import EngineError, Request, RolloutEngine, Sample
+from prime_fast.engine.batch import Sample
+from prime_fast.rollout import EngineError, Request, RolloutEngine
 
 COMPACT_BELOW = 0.75  # drop finished sequences from the cache once fewer than this share is still running
 

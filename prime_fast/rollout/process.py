@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from prime_fast import distributed
 from prime_fast.config import Config
-from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, Sample
+from prime_fast.engine import distributed
+from prime_fast.engine.batch import Sample
+from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine
 from prime_fast.rollout.server import unpack
 from prime_fast.rollout.vllm import check_installed
 from prime_fast.rollout.weights import BUCKET_BYTES, Entry, transfer

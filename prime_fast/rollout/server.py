@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prime_fast.rollout import Sample
+from prime_fast.engine.batch import Sample
 
 BEAT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1

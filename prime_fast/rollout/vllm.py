@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from prime_fast.rollout import Request, RolloutEngine, Sample
+from prime_fast.engine.batch import Sample
+from prime_fast.rollout import Request, RolloutEngine
 from prime_fast.rollout.weights import BUCKET_BYTES, Entry, Report, checksum, transfer, view
 
 MINIMUM, BELOW = (0, 25), (0, 33)

@@ -1,0 +1,251 @@
+"""Prompts and demonstrations for training: rows tokenised once, kept on disk, read as needed.
+
+Rows of any shape in `sources` are taken; here they have the verl / Eurus-2 shape, of which only `prompt` and
+`reward_model.ground_truth` are required (not even that in trl rows without such a column).
+"""
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jinja2 import TemplateError
+
+from prime_fast.data import sources
+
+COLUMNS = ("prompt", "data_source", "ability", "reward_model", "extra_info")
+SCHEMA = pa.schema({"row": pa.string(), "prompt_ids": pa.list_(pa.int32()), "response_ids": pa.list_(pa.int32())})
+DROPS = ("broken", "duplicates")
+
+
+class Rows:
+    """Tokenised rows in a memory-mapped file: `len(rows)`, and `rows[i]`, a dict with token ids as lists of int.
+
+    A row has every key it had in its file, those of the verl shape (None if the file has none), and its token ids.
+    source: the files they came from; shape: "verl", "trl" or "openrlhf" for each. dropped, broken, duplicates: how many
+    rows were left out for being too long, and for the two reasons of `drop`.
+    """
+
+    def __init__(
+        self, table: pa.Table, source: list[str], shape: list[str], dropped: int, broken: int, duplicates: int
+    ):
+        self._table, self.source, self.shape = table, source, shape
+        self.dropped, self.broken, self.duplicates = dropped, broken, duplicates
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        (row,) = self._table.slice(index, 1).to_pylist()
+        ids = {key: value for key, value in row.items() if key.endswith("_ids") and value is not None}
+        return json.loads(row["row"]) | ids
+
+    def __str__(self) -> str:
+        """`1319 rows of test.jsonl (verl shape), 2 too long`."""
+        files = ", ".join(f"{name} ({shape} shape)" for name, shape in zip(self.source, self.shape, strict=True))
+        left = {"too long": self.dropped, "broken": self.broken, "duplicates": self.duplicates}
+        return f"{len(self)} rows of {files}" + "".join(f", {count} {why}" for why, count in left.items() if count)
+
+
+def load_rows(
+    paths, tokenizer, *, max_prompt_tokens: int, limit: int | None = None, drop: Collection[str] = ()
+) -> Rows:
+    """Prompts for rollouts: rows of the verl shape with `prompt_ids`, the chat template applied to the prompt.
+
+    paths: one or several .jsonl, .json or .parquet files or hub datasets (`sources.read`).
+    tokenizer: a Hugging Face tokenizer with a chat template; a prompt that is a text is one message of the user.
+    max_prompt_tokens: longer prompts are dropped and counted. limit: at most that many rows are kept.
+    drop: any of "broken" (rows that would be an error) and "duplicates" (rows of the same tokens as an earlier one).
+
+    Big files are tokenised once for all processes and runs, into a cache: PRIME_FAST_CACHE, or ~/.cache/prime-fast.
+
+    Raises ValueError naming file, row (counted from 1; the line, in a .jsonl) and what is wrong with it, ValueError if
+    nothing is left, FileNotFoundError.
+    """
+
+    def prepare(where, row):
+        if "reward_model" in row and (row["reward_model"] or {}).get("ground_truth") in (None, ""):
+            raise ValueError(f"{where} has no reward_model.ground_truth")
+
+    return _load(paths, tokenizer, prepare, [], max_prompt_tokens, limit, drop, "data.max_prompt")
+
+
+def load_demonstrations(
+    paths,
+    tokenizer,
+    *,
+    max_tokens: int,
+    response: str = "{solution}",
+    solution: str = "extra_info.solution",
+    limit: int | None = None,
+    drop: Collection[str] = (),
+) -> Rows:
+    r"""Demonstrations for supervised training: rows with `prompt_ids` and `response_ids`, which ends in the EOS token.
+
+    response: str.format template of what the model should answer, with the keys {solution}, {ground_truth} and
+        {reasoning}, the solution without a last line `#### x`. GSM8K's prompts ask for \boxed{} and its solutions have
+        `#### x`: "{reasoning}\n\\boxed{{{ground_truth}}}" makes them agree.
+    solution: dotted path of the worked solution in a row; a row without it may have a string `response` instead.
+    max_tokens: of prompt and response together; longer rows are dropped and counted.
+    Files, `limit`, `drop` and errors as in `load_rows`.
+    """
+
+    def prepare(where, row):
+        text = row
+        for key in solution.split("."):
+            text = text.get(key) if isinstance(text, dict) else None
+        text = text if text is not None else row.get("response")
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{where} has no {solution} (and no response)")
+        values = {"solution": text, "reasoning": sources.GSM8K_ANSWER.sub("", text)}
+        if (truth := (row.get("reward_model") or {}).get("ground_truth")) is not None:
+            values["ground_truth"] = truth
+        try:
+            return response.format(**values)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{where}: response template {response!r} cannot be filled ({error!r}); it may use {sorted(values)}, "
+                "and braces meant literally are doubled"
+            ) from None
+
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so a response could not end; set its eos_token")
+    remedy = "data.max_prompt or rollout.max_response"
+    return _load(paths, tokenizer, prepare, [response, solution], max_tokens, limit, drop, remedy)
+
+
+class PromptSampler:
+    """Endless shuffled indices: each epoch is a permutation of range(size), made from (seed, epoch) alone."""
+
+    def __init__(self, size: int, seed: int):
+        if size < 1:
+            raise ValueError("a sampler needs at least one row")
+        self.size, self.seed, self._epoch, self._position = size, seed, 0, 0
+        self._order = self._permutation()
+
+    def take(self, n: int) -> list[int]:
+        """The next n indices, continuing into the following epochs."""
+        taken = []
+        while len(taken) < n:
+            if self._position == self.size:
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._permutation()
+            part = self._order[self._position : self._position + n - len(taken)].tolist()
+            taken += part
+            self._position += len(part)
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {"size": self.size, "epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues where `state` was taken; ValueError if the data has another number of rows now."""
+        if state["size"] != self.size:
+            raise ValueError(f"the checkpoint was made with {state['size']} rows of data, now there are {self.size}")
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._permutation()
+
+    def _permutation(self) -> np.ndarray:
+        return np.random.default_rng([self.seed, self._epoch]).permutation(self.size)
+
+
+def _load(paths, tokenizer, prepare, options, max_tokens: int, limit: int | None, drop, remedy: str) -> Rows:
+    source = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: take an instruct model's tokenizer, "
+            "or put a chat_template.jinja into its directory"
+        )
+    if unknown := set(drop) - set(DROPS):
+        raise ValueError(f"rows can be dropped as {' or '.join(DROPS)}, not as {sorted(unknown)}")
+    content = [Path(__file__).read_text("utf-8"), options, max_tokens, limit, sorted(drop)]
+    with sources.place(source, content, tokenizer) as (path, is_there):
+        if not is_there:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+                _write(writer, source, tokenizer, prepare, max_tokens, limit, drop, remedy)
+        reader = pa.ipc.open_stream(pa.memory_map(str(path)))
+        pieces = list(reader.iter_batches_with_custom_metadata())
+    counts = json.loads(pieces[-1].custom_metadata["counts"])
+    return Rows(pa.Table.from_batches([piece.batch for piece in pieces]), source, **counts)
+
+
+def _write(writer, source, tokenizer, prepare, max_tokens, limit, drop, remedy) -> None:
+    """Rows as record batches; the last one, which is empty, says what was left out. What is not token ids is kept as
+    JSON text, since Arrow would want the same keys and types of extra_info in every row."""
+    counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0}
+    kept, too_long, seen = 0, [], set()
+    for name in source:
+        shape, rows = sources.read(name)
+        counts["shape"].append(shape)
+        for chunk in _chunks(rows, sources.READ_ROWS):
+            if kept == limit:
+                break
+            items = []
+            for item in _tokenise(_prepared(chunk, tokenizer, prepare, drop, counts), tokenizer):
+                ids = tuple(item["prompt_ids"]), tuple(item.get("response_ids", ()))
+                if kept + len(items) == limit:
+                    break
+                if sum(map(len, ids)) > max_tokens:
+                    too_long.append(sum(map(len, ids)))
+                elif "duplicates" in drop and hash(ids) in seen:
+                    counts["duplicates"] += 1
+                else:
+                    seen.add(hash(ids))
+                    items.append(item)
+            writer.write_batch(pa.RecordBatch.from_pylist(items, SCHEMA))
+            kept += len(items)
+    if too_long and not kept:
+        raise ValueError(
+            f"empty dataset: all {len(too_long)} rows of {', '.join(source)} are longer than {max_tokens} tokens "
+            f"(they have {min(too_long)} to {max(too_long)}): raise {remedy}"
+        )
+    if not kept:
+        broken = f" but {counts['broken']} broken ones" if counts["broken"] else ""
+        raise ValueError(f"empty dataset: no rows in {', '.join(source)}{broken}")
+    counts["dropped"] = len(too_long)
+    writer.write_batch(pa.RecordBatch.from_pylist([], SCHEMA), custom_metadata={"counts": json.dumps(counts)})
+
+
+def _prepared(chunk, tokenizer, prepare, drop, counts) -> Iterator[tuple[dict, str, str | None]]:
+    """(row, rendered prompt, response or None) of the rows that are whole."""
+    for where, row in chunk:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            yield row, _render(tokenizer, where, row["prompt"]), prepare(where, row)
+        except ValueError:
+            if "broken" not in drop:
+                raise
+            counts["broken"] += 1
+
+
+def _tokenise(prepared, tokenizer) -> Iterator[dict]:
+    if not (prepared := list(prepared)):
+        return
+    rows, prompts, responses = zip(*prepared, strict=True)
+    for row, ids, response in zip(
+        rows, tokenizer(prompts, add_special_tokens=False)["input_ids"], responses, strict=True
+    ):
+        item = {"row": json.dumps(dict.fromkeys(COLUMNS) | row, default=str), "prompt_ids": ids}
+        if response is not None:
+            response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+            item["response_ids"] = response_ids + [tokenizer.eos_token_id]
+        yield item
+
+
+def _render(tokenizer, where: str, prompt: str | list[dict]) -> str:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the chat template refuses the prompt: {error}") from None
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,1 @@
+"""A model on its devices: DeepSpeed, packed forward, batches, process group, checkpoints."""

@@ -1,0 +1,61 @@
+"""What a step trains on: sampled responses, their groups, and a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    tokens: Tensor  # (L,) int64, ends with EOS unless truncated
+    logprob: Tensor  # (L,) float32 nats, under the engine's weights, after temperature
+    truncated: bool  # max_tokens was reached before EOS
+
+
+@dataclass(frozen=True)
+class Group:
+    """K responses to one prompt."""
+
+    id: int  # number of the draw, unique in a run
+    row: int  # index of the prompt in the data
+    prompt: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    outcomes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on, the same on every rank. R rows, T response tokens in all, row after row."""
+
+    prompts: list[Tensor]  # R of (P,) int64
+    responses: list[Tensor]  # R of (L,) int64
+    engine_logprob: Tensor  # (T,) float32
+    outcome: Tensor  # (R,) float32
+    group: Tensor  # (R,) int64
+    cu_seqlens: Tensor  # (R+1,) int32
+    fresh: Tensor  # (R,) bool: sampled with the weights that are about to be updated
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], first_fresh: int = 0) -> Batch:
+        """first_fresh: the id from which groups are fresh; the ones before waited as surplus."""
+        rows = [(group, k) for group in groups for k in range(len(group.samples))]
+        samples = [group.samples[k] for group, k in rows]
+        return cls(
+            prompts=[torch.tensor(group.prompt) for group, _ in rows],
+            responses=[sample.tokens for sample in samples],
+            engine_logprob=torch.cat([sample.logprob for sample in samples]),
+            outcome=torch.tensor([group.outcomes[k] for group, k in rows], dtype=torch.float32),
+            group=torch.tensor([group.id for group, _ in rows]),
+            cu_seqlens=torch.tensor([0, *accumulate(len(sample.tokens) for sample in samples)], dtype=torch.int32),
+            fresh=torch.tensor([group.id >= first_fresh for group, _ in rows]),
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens fed per row: prompt and response but for the last one, which predicts nothing."""
+        return [len(prompt) + len(response) - 1 for prompt, response in zip(self.prompts, self.responses, strict=True)]

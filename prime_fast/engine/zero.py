@@ -1,0 +1,198 @@
+"""Everything DeepSpeed: load sharded, forward, backward, step, gather, offload, save and restore."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging as transformers_logging
+
+from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
+from prime_fast.engine import distributed
+from prime_fast.engine.model import PackedLM, training_dtype
+from prime_fast.engine.packing import Pack
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is imported
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.utils import safe_get_local_optimizer_state  # noqa: E402
+
+GATHER_BYTES = 1 << 30  # parameters gathered at a time when weights leave the engine
+
+
+class StepResult(NamedTuple):
+    grad_norm: float  # before clipping; inf where the step was skipped
+    applied: bool
+
+
+def start() -> torch.device:
+    """Join the process group and quieten DeepSpeed; returns this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        # gloo serves; DeepSpeed's shared-memory all-reduce would need a C++ compiler and 20 s to build it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = distributed.initialize()
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+class Engine:
+    """One causal LM under ZeRO-3, called by its `role` (policy, prm, ...): trained if `optimizer` is given.
+
+    Parameters and gradients are in the training dtype, master weights and AdamW states in float32.
+    Every rank must call run, backward, step, weights and save the same number of times.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        path: str,
+        model: ModelConfig,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig | None,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.trains = optimizer is not None
+        self.dtype = training_dtype(model, device)
+        settings = _deepspeed_config(role, engine, optimizer, self.dtype)
+        lm = load_sharded(path, self.dtype, settings)
+        lm.config.use_cache = False
+        if model.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})  # its name until transformers 6
+        module = PackedLM(lm)
+        for parameter in module.parameters():
+            parameter.requires_grad_(self.trains)
+        adam = None
+        if optimizer is not None:
+            adam = torch.optim.AdamW(
+                module.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=device.type == "cuda"
+            )
+        self.deepspeed = deepspeed.initialize(model=module, optimizer=adam, config=settings)[0]
+        self.deepspeed.train(self.trains)
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        return self.deepspeed.module.lm
+
+    def run(self, pack: Pack, op: Any) -> Any:
+        """Packed forward through the LM-head op; see PackedLM.forward. The pack must be on `self.device`."""
+        return self.deepspeed(pack, op)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients. A non-finite loss poisons them, so that `step` sees it on every rank and skips."""
+        poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self.deepspeed.backward(loss * poison, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepResult:
+        """Average the accumulated gradients over ranks, clip, update. Non-finite gradients leave the weights alone."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        applied = self.deepspeed.was_step_applied()
+        return StepResult(float(self.deepspeed.get_global_grad_norm()) if applied else float("inf"), applied)
+
+    def parameters_without_gradient(self) -> list[str]:
+        """Names of parameters whose first AdamW moment is zero everywhere: no gradient has reached them yet."""
+        named = list(self.lm.named_parameters())
+        reached = torch.tensor(
+            [float(safe_get_local_optimizer_state(p, "exp_avg").count_nonzero() > 0) for _, p in named],
+            device=self.device,
+        )
+        distributed.sum_(reached)
+        return [name for (name, _), ranks in zip(named, reached.tolist(), strict=True) if ranks == 0]
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) of every parameter, gathered bucket by bucket.
+
+        A tensor is valid until the next one is asked for; tied parameters appear once.
+        """
+        for bucket in _buckets(self.lm.named_parameters()):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                for name, parameter in bucket:
+                    yield name, parameter.data
+
+    def save_hf(self, directory: Path, tokenizer: Any) -> None:
+        """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads. Rank 0 writes; all ranks gather."""
+        state = {}
+        for name, tensor in self.weights():
+            if distributed.rank() == 0:
+                state[name] = tensor.to("cpu", copy=True)
+        if distributed.rank() == 0:
+            config = self.lm.config
+            config.use_cache = True
+            self.lm.save_pretrained(directory, state_dict=state)
+            config.use_cache = False
+            tokenizer.save_pretrained(directory)
+        distributed.barrier()
+
+    def save_state(self, directory: Path) -> None:
+        """Write weights and optimizer states, sharded as they are, for `load_state` at the same world size."""
+        self.deepspeed.save_checkpoint(str(directory), tag="state")
+
+    def load_state(self, directory: Path) -> None:
+        loaded, _ = self.deepspeed.load_checkpoint(str(directory), tag="state")
+        if loaded is None:
+            raise ValueError(f"{directory} holds no DeepSpeed checkpoint; choose an intact checkpoint or start anew")
+
+
+def load_sharded(path: str, dtype: torch.dtype, settings: dict) -> PreTrainedModel:
+    """Load a checkpoint with every parameter partitioned over the ranks as it arrives."""
+    zero3 = HfDeepSpeedConfig(settings)  # transformers partitions on load for as long as this object lives
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a causal LM from {path!r}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        del zero3
+
+
+def _deepspeed_config(
+    role: str, engine: EngineConfig, optimizer: OptimizerConfig | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    if engine.offload == "disk" and not deepspeed.ops.__compatible_ops__["async_io"]:
+        raise ValueError("engine.offload=disk needs the system library libaio (package libaio-dev) and a C++ compiler")
+    zero: dict[str, Any] = {"stage": 3, "overlap_comm": False, "contiguous_gradients": True}
+    if engine.offload != "none":
+        target = {"device": "cpu"}
+        if engine.offload == "disk":  # a folder each: DeepSpeed names the files alike in every engine
+            target = {"device": "nvme", "nvme_path": str(Path(tempfile.gettempdir(), "prime-fast-offload", role))}
+        zero["offload_param"] = target | {"pin_memory": torch.cuda.is_available()}
+        if optimizer is not None:
+            zero["offload_optimizer"] = target | {"pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # any number of backwards per step; our losses carry the normaliser
+        "gradient_clipping": optimizer.grad_clip if optimizer else 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 1 << 62,
+    }
+
+
+def _buckets(parameters: Iterator[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    bucket, size = [], 0
+    for name, parameter in parameters:
+        bytes_ = parameter.ds_numel * parameter.element_size()
+        if bucket and size + bytes_ > GATHER_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += bytes_
+    if bucket:
+        yield bucket

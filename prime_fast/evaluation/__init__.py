@@ -1,0 +1,1 @@
+"""Accuracy on files of rows, best-of-n, and their reports."""

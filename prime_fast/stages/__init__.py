@@ -1,0 +1,1 @@
+"""What is trained or made outside the loop."""

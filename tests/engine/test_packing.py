@@ -1,0 +1,82 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prime_fast.engine.packing import efficiency, pack, plan
+
+lengths_strategy = st.lists(st.integers(1, 60), min_size=0, max_size=80)
+
+
+@given(lengths_strategy, st.integers(60, 300), st.integers(1, 5))
+@settings(deadline=None)
+def test_plan_places_every_row_once_within_the_budget(lengths, budget, ranks):
+    micros = plan(lengths, budget, ranks)
+    rows = [row for micro in micros for share in micro for row in share]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert all(len(micro) == ranks for micro in micros)
+    assert all(sum(lengths[row] for row in share) <= budget for micro in micros for share in micro)
+
+
+def test_plan_is_balanced_on_long_tailed_lengths():
+    generator = torch.Generator().manual_seed(1)
+    lengths = (torch.rand(1024, generator=generator) ** 3 * 3900 + 100).int().tolist()
+    micros = plan(lengths, 16384, 8)
+    assert efficiency(micros, lengths) >= 0.97
+    assert len(micros) == -(-sum(lengths) // (16384 * 8))
+
+
+def test_a_rank_without_rows_gets_an_empty_share():
+    assert sorted(map(len, plan([5, 4], 10, 4)[0])) == [0, 0, 1, 1]
+
+
+def test_a_row_over_the_budget_is_named():
+    with pytest.raises(ValueError, match=r"row 1 has 11 tokens.*engine\.micro_tokens=10"):
+        plan([3, 11], 10, 2)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12), st.randoms())
+@settings(deadline=None)
+def test_pack_lays_rows_end_to_end_and_back(shapes, random):
+    tokens = iter(range(1, 10_000))
+    prompts = [torch.tensor([next(tokens) for _ in range(p)]) for p, _ in shapes]
+    responses = [torch.tensor([next(tokens) for _ in range(r)]) for _, r in shapes]
+    offsets = [0]
+    for response in responses:
+        offsets.append(offsets[-1] + len(response))
+    chosen = random.sample(range(len(shapes)), random.randint(1, len(shapes)))
+    packed = pack(chosen, prompts, responses, offsets)
+
+    assert sorted(packed.rows) == sorted(chosen)
+    boundaries = packed.layout.cu_seqlens.tolist()
+    for i, row in enumerate(packed.rows):
+        fed = torch.cat([prompts[row], responses[row]])[:-1]
+        part = slice(boundaries[i], boundaries[i + 1])
+        assert torch.equal(packed.input_ids[part], fed)
+        assert packed.position_ids[part].tolist() == list(range(len(fed)))
+        answers = slice(packed.cu_response[i], packed.cu_response[i + 1])
+        assert torch.equal(packed.targets[answers], responses[row])
+        # the token at a predicting position is the one before its target
+        before = torch.cat([prompts[row][-1:], responses[row][:-1]])
+        assert torch.equal(packed.input_ids[packed.predict[answers]], before)
+    assert [(n, length) for _, n, length in packed.layout.runs] == [
+        (sum(len(prompts[r]) + len(responses[r]) - 1 == length for r in chosen), length)
+        for length in sorted({len(prompts[r]) + len(responses[r]) - 1 for r in chosen})
+    ]
+    flat = torch.arange(offsets[-1], dtype=torch.float32)
+    copy = torch.full_like(flat, -1)
+    packed.put(copy, packed.select(flat))
+    covered = torch.zeros(offsets[-1], dtype=torch.bool)
+    for row in chosen:
+        covered[offsets[row] : offsets[row + 1]] = True
+    assert torch.equal(copy[covered], flat[covered])
+    assert (copy[~covered] == -1).all()
+
+
+def test_a_filler_weighs_nothing():
+    filler = pack([], [], [], [0])
+    assert filler.select(torch.ones(5)).tolist() == [0.0]
+    assert filler.select_rows(torch.ones(5)).tolist() == [0.0]
+    flat = torch.ones(5)
+    filler.put(flat, torch.zeros(1))
+    assert flat.tolist() == [1.0] * 5

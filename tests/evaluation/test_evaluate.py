@@ -1,0 +1,169 @@
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from prime_fast.evaluation.evaluate import Settings, _max_tokens, evaluate, find_model
+from prime_fast.evaluation.report import AVERAGE
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def asked(workspace, tmp_path):
+    rows = (workspace / "rows.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("one", rows[:7]), ("two", rows[7:20])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    return Settings(
+        model=str(workspace / "model"),
+        data=(str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")),
+        out=tmp_path / "out",
+        max_response=12,
+        reward=f"{workspace}/reward.py:compute_score",
+        batch=8,
+    )
+
+
+@pytest.fixture
+def with_prm(asked):
+    return replace(asked, samples=4, prm=asked.model, reference=asked.model)
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def test_greedy(asked):
+    summary = evaluate(asked, QUIET)
+    assert {name: row["problems"] for name, row in summary.items()} == {"one": 7, "two": 13, AVERAGE: 20}
+    records = [json.loads(line) for line in lines(asked.out / "greedy.jsonl")]
+    assert sorted(record["problem"] for record in records) == list(range(20))
+    solved = {name: [r["outcomes"][0] for r in records if r["benchmark"] == name] for name in ("one", "two")}
+    for name, outcomes in solved.items():
+        value, low, high = summary[name]["greedy"]
+        assert value == pytest.approx(sum(outcomes) / len(outcomes)) and low < value < high
+    assert summary[AVERAGE]["greedy"].value == pytest.approx(
+        (summary["one"]["greedy"][0] + summary["two"]["greedy"][0]) / 2
+    )
+    for record in records:
+        (text,), (tokens,), (outcome,) = record["responses"], record["tokens"], record["outcomes"]
+        assert len(tokens) <= 12 and outcome == float(sum(map(ord, text)) % 3 == 0)
+    assert json.loads((asked.out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert (asked.out / "eval.png").stat().st_size > 10_000
+
+
+def test_samples_and_prm(with_prm):
+    summary = evaluate(with_prm, QUIET)
+    row = summary["two"]
+    samples = [json.loads(line) for line in lines(with_prm.out / "samples.jsonl")]
+    outcomes = [record["outcomes"] for record in samples if record["benchmark"] == "two"]
+    assert row["avg"].value == pytest.approx(sum(map(sum, outcomes)) / (4 * len(outcomes)))
+    assert row["pass"][4].value == pytest.approx(sum(any(group) for group in outcomes) / len(outcomes))
+    assert list(row["pass"]) == [1, 2, 4] and row["pass"][1].value == pytest.approx(row["avg"].value)
+    assert len({text for record in samples for text in record["responses"]}) > 20
+    best = row["best_of"]
+    assert all(best[method][1].value == pytest.approx(row["avg"].value) for method in best)
+    # a PRM equal to its reference scores everything 0.0: its choice is a random one
+    assert all(best["prm"][n].value == pytest.approx(row["avg"].value) for n in (1, 2, 4))
+    assert row["prm_minus"]["random"] == pytest.approx((0, 0, 0), abs=1e-12)
+    scores = [json.loads(line)["scores"] for line in lines(with_prm.out / "prm.jsonl")]
+    assert scores == [[0.0] * 4] * 20
+
+
+def test_a_killed_evaluation_continues(with_prm):
+    first = evaluate(with_prm, QUIET)
+    whole = {name: (with_prm.out / f"{name}.jsonl").read_bytes() for name in ("greedy", "samples", "prm")}
+    cut = {"greedy": len(whole["greedy"]), "samples": len(whole["samples"]) // 2, "prm": 10}
+    for name, size in cut.items():
+        os.truncate(with_prm.out / f"{name}.jsonl", size)
+    assert evaluate(with_prm, QUIET) == first
+    assert (with_prm.out / "greedy.jsonl").read_bytes() == whole["greedy"]
+    kept = whole["samples"][: cut["samples"]].rpartition(b"\n")[0]
+    again = (with_prm.out / "samples.jsonl").read_bytes()
+    assert again.startswith(kept + b"\n") and sorted(again.splitlines()) == sorted(whole["samples"].splitlines())
+    assert evaluate(replace(with_prm, batch=3), QUIET) == first  # not part of the question
+
+
+def test_samples_and_prm_may_come_later(asked, with_prm):
+    greedy = evaluate(asked, QUIET)
+    with_samples = evaluate(replace(asked, samples=4), QUIET)
+    assert with_samples["one"]["greedy"] == greedy["one"]["greedy"] and "best_of" not in with_samples["one"]
+    assert evaluate(with_prm, QUIET)["one"]["avg"] == with_samples["one"]["avg"]
+
+
+def test_another_question_is_refused(asked, workspace, tmp_path):
+    evaluate(replace(asked, samples=2), QUIET)
+    for change in ({"max_response": 11}, {"limit": 3}, {"samples": 3}, {"temperature": 0.5, "samples": 2}, {"seed": 1}):
+        key = next(iter(change)).replace("temperature", "samples")
+        with pytest.raises(
+            ValueError, match=rf"holds an evaluation with {key} .*; put it back, or choose another --out"
+        ):
+            evaluate(replace(asked, **change), QUIET)
+    os.utime(asked.data[0], (1, 1))
+    with pytest.raises(ValueError, match="holds an evaluation with data"):
+        evaluate(asked, QUIET)
+
+
+def test_replaced_weights_are_refused(asked, tmp_path):
+    shutil.copytree(asked.model, tmp_path / "model")
+    copy = replace(asked, model=str(tmp_path / "model"))
+    evaluate(copy, QUIET)
+    os.utime(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="holds an evaluation with model"):
+        evaluate(copy, QUIET)
+
+
+def test_data_sources_of_a_file_are_apart(asked, tmp_path):
+    rows = [json.loads(line) for line in lines(tmp_path / "one.jsonl")]
+    for row, source in zip(rows, "aabbbcc", strict=True):
+        row["data_source"] = source
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = evaluate(replace(asked, data=asked.data[:1], limit=5), QUIET)
+    assert {name: row["problems"] for name, row in summary.items()} == {"one/a": 2, "one/b": 3, AVERAGE: 5}
+
+
+def test_files_of_one_name_are_apart(asked, tmp_path):
+    (tmp_path / "other").mkdir()
+    paths = asked.data[0], shutil.copy(asked.data[0], tmp_path / "other" / "one.jsonl")
+    summary = evaluate(replace(asked, data=tuple(map(str, paths)), limit=2), QUIET)
+    assert list(summary) == [*map(str, paths), AVERAGE]
+
+
+def test_models_of_a_run(workspace, tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "step-000002"
+    for role in ("policy", "prm"):
+        shutil.copytree(workspace / "model", step / role)
+    (step.parent / "latest").write_text(step.name)
+    for place in (tmp_path / "run", step):
+        assert find_model(str(place), "policy") == str(step / "policy")
+        assert find_model(str(place), "prm") == str(step / "prm")
+    assert find_model(str(step / "policy"), "policy") == str(step / "policy")
+    assert find_model("org/name", "policy") == "org/name"
+
+
+def test_the_paper_s_settings(asked):
+    paper = replace(asked, preset="paper", max_response=None)
+    budgets = {
+        name: _max_tokens(paper, name) for name in ("aime24", "amc", "math500", "HuggingFaceH4/MATH-500", "leetcode")
+    }
+    assert list(budgets.values()) == [4096, 4096, 8192, 8192, 8192]
+    assert _max_tokens(replace(paper, max_response=100), "math500") == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prm": "x"}, "--prm and --reference belong together"),
+        ({"prm": "x", "reference": "x"}, "set --samples to 2 or more"),
+        ({"samples": 2, "temperature": 0.0}, "samples need more than 0"),
+        ({"max_response": 510}, "is more than the 512 that .* has room for; lower --max-response"),
+        ({"model": "/nowhere"}, "no tokenizer at '/nowhere'"),
+    ],
+)
+def test_mistakes(asked, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(asked, **change), QUIET)
+    assert not asked.out.exists()

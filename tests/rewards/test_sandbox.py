@@ -1,0 +1,242 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import processes
+import pytest
+
+from prime_fast.rewards import RewardPool, score
+from prime_fast.rewards.attacks import ATTACKS, READ, STDIN
+from prime_fast.views import doctor
+
+SUM = "print(sum(map(int, input().split())))"
+ROW = {"ability": "code", "reward_model": {"ground_truth": json.dumps({"inputs": ["1 2"], "outputs": ["3"]})}}
+FORBID = [
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "sh",
+    "-c",
+    'echo 0 > /proc/sys/user/max_user_namespaces; exec "$0" "$@"',
+]
+
+# What wins where there is no sandbox, so that its failure inside one means something.
+REAL = (
+    "environment",
+    "environment of the parent",
+    "secret file",
+    "secret file through a symbolic link",
+    "tcp connection",
+    "tcp server",
+    "udp",
+    "unix socket",
+    "abstract unix socket",
+    "message to a unix socket",
+    "a user namespace of its own",
+    "memory of the parent as a file",
+    "fork",
+    "clone by the system call",
+    "spawn",
+    "process pool",
+    "memory by maps",
+    "one huge file",
+    "shared memory files of others",
+    "shared memory of others",
+    "kill of a neighbour",
+)
+ORDINARY = ["secret file", "environment of every process", "tcp connection", "fork", "kill of everything", "disk"]
+
+
+def run(code: str, *before: str, **options) -> subprocess.CompletedProcess:
+    return processes.run([*before, sys.executable, "-c", textwrap.dedent(code)], timeout=60, **options)
+
+
+@pytest.fixture(scope="module")
+def world():
+    with doctor.outside() as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def pool(world):
+    with RewardPool("code", workers=1, timeout=doctor.SECONDS) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack(name, world, pool):
+    assert doctor.attack(name, world, pool) is None
+
+
+def test_attacks_are_valid_python():
+    for name, (_, program) in ATTACKS.items():
+        compile(program, name, "exec")
+
+
+def test_the_pool_is_well_after_all_attacks(pool):
+    truth, program = doctor.HONEST
+    assert pool.score([program], [{"reward_model": {"ground_truth": truth}}]) == [1.0]
+    assert pool.counts["errors"] == 0
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_attack_wins_without_a_sandbox(name, tmp_path):
+    with doctor.outside() as world:
+        text = json.dumps(world.described())
+        program = (READ + STDIN[name]).replace("'/tmp/", f"'{tmp_path}/")
+        shell = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", program]  # a parent to look at
+        out = processes.run(shell, input=text, timeout=60)
+        assert world.secret in out.stdout or world.win in out.stdout, out.stderr
+
+
+def test_only_python_and_the_system_can_be_seen():
+    program = """
+        import os
+        def seen(places):
+            devices = {"full", "null", "random", "shm", "urandom", "zero"}
+            listed = set(os.listdir("/etc")) <= {"ld.so.cache", "localtime"}, set(os.listdir("/dev")) == devices
+            return [os.getuid(), len(os.environ), *listed, any(map(os.path.exists, places))]
+    """
+    places = [
+        "/proc",
+        "/sys",
+        "/run",
+        "/var",
+        "/home",
+        "/etc/passwd",
+        "/bin/sh",
+        "/root/.bashrc",
+        __file__,
+    ]
+    truth = {"inputs": [[places]], "outputs": [[1000, 5, True, True, False]], "fn_name": "seen"}
+    row = {"reward_model": {"ground_truth": truth}}
+    assert score([textwrap.dedent(program)], [row], reward="code", workers=1) == [1.0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_as_an_ordinary_user():
+    """With the system's Python, as an ordinary user may not be allowed to run ours."""
+    code = f"""
+        from prime_fast.views import doctor
+        from prime_fast.rewards import RewardPool, score
+        print(score([{SUM!r}], [{ROW!r}], reward="code", timeout=30, workers=1))
+        with doctor.outside() as world, RewardPool("code", workers=1, timeout=doctor.SECONDS) as pool:
+            for attack in {ORDINARY!r}:
+                print(doctor.attack(attack, world, pool))
+    """
+    python = "/usr/bin/python3"
+    version = processes.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"])
+    if version.stdout.strip() != "True":
+        pytest.skip("no such Python")
+    ordinary = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"]
+    root = str(Path(doctor.__file__).parents[2])
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [*ordinary, python, "-c", textwrap.dedent(code)]
+    out = processes.run(command, env=environment, cwd="/", timeout=120)
+    assert out.stdout.split() == ["[1.0]"] + ["None"] * len(ORDINARY), out.stderr
+
+
+class TestRefusal:
+    def test_says_why_and_how(self):
+        code = "from prime_fast.rewards import RewardPool\nRewardPool('auto', workers=1)"
+        out = run(code, *FORBID)
+        assert "ValueError: cannot isolate model-written code on this machine" in out.stderr
+        assert "sysctl user.max_user_namespaces=10000" in out.stderr and "rlimits-only" in out.stderr
+
+    def test_doctor(self):
+        out = run("import sys\nfrom prime_fast import doctor\nsys.exit(doctor.main())", *FORBID)
+        assert out.returncode == 1
+        assert "FAIL  sandbox: cannot isolate" in out.stdout and "1 of 2 checks passed" in out.stdout
+
+    def test_math_needs_no_isolation(self):
+        code = """
+            from prime_fast.rewards import score
+            print(score([r"\\boxed{7}"], [{"reward_model": {"ground_truth": "7"}}], workers=1))
+        """
+        assert run(code, *FORBID).stdout.strip() == "[1.0]"
+
+    def test_rlimits_only_works_there(self):
+        code = f"""
+            from prime_fast.rewards import score
+            print(score([{SUM!r}], [{ROW!r}], reward="code", sandbox="rlimits-only", workers=1))
+        """
+        out = run(code, *FORBID)
+        assert out.stdout.strip() == "[1.0]" and "SANDBOX OFF" in out.stderr
+
+    def test_unknown_sandbox(self):
+        with pytest.raises(ValueError, match='unknown sandbox "off": use "namespaces" or "rlimits-only"'):
+            RewardPool("code", sandbox="off")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["environment", "tcp connection", "fork bomb", "kill of a neighbour", "memory by bytes", "shell", "endless loop"],
+)
+def test_rlimits_only_still_holds(name, world, caplog):
+    with caplog.at_level(logging.WARNING), RewardPool("code", 1, doctor.SECONDS, "rlimits-only") as pool:
+        assert doctor.attack(name, world, pool) is None
+    assert "SANDBOX OFF" in caplog.text
+
+
+def test_bubblewrap():
+    """The other way into namespaces, where it is installed."""
+    code = f"""
+        import sys, time
+        from prime_fast.rewards import isolate
+        isolate.namespaces = isolate.bubblewrap
+        from prime_fast.rewards.code import grade
+        try:
+            print(grade({SUM!r}, {json.loads(ROW["reward_model"]["ground_truth"])!r}, seconds=20, sandbox="namespaces"))
+            for claim in {[STDIN["secret file"], STDIN["tcp server"], STDIN["fork"], STDIN["new file in the root"]]!r}:
+                program = {READ!r} + claim
+                truth = {{"inputs": ['{{"file": "/etc/passwd", "win": "won"}}'], "outputs": ["won"]}}
+                print(grade(program, truth, seconds=20, sandbox="namespaces"))
+        except isolate.Refused as error:
+            print("refused", error)
+    """
+    out = run(code)
+    if "not installed" in out.stdout:
+        pytest.skip("bubblewrap is not installed")
+    assert out.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "0.0"], out.stderr
+
+
+@pytest.mark.parametrize("whom", ["parent", "scorer", "watcher"])
+def test_no_program_survives_a_kill(whom):
+    """SIGKILL of any of our processes while a program runs ends that program."""
+    code = f"""
+        from prime_fast.rewards import RewardPool
+        pool = RewardPool("code", workers=1, timeout=600)
+        print(pool._pool[0].process.pid, flush=True)
+        pool.score(["while True: pass"], [{ROW!r}])
+    """
+    parent = processes.start([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
+    watcher = int(parent.stdout.readline())
+    for _ in range(200):
+        if len(family := doctor.descendants(watcher)) >= 3:
+            break
+        time.sleep(0.05)
+    scorer = family[0]
+    victim = {"parent": parent.pid, "watcher": watcher, "scorer": scorer}[whom]
+    os.kill(victim, signal.SIGKILL)
+    try:
+        assert all(_ends(pid) for pid in family[1:])
+    finally:
+        processes.end(parent)
+    assert _ends(watcher) and _ends(scorer)
+
+
+def _ends(pid: int) -> bool:
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
