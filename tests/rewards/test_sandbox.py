@@ -150,7 +150,7 @@ class TestRefusal:
         assert "sysctl user.max_user_namespaces=10000" in out.stderr and "rlimits-only" in out.stderr
 
     def test_doctor(self):
-        out = run("import sys\nfrom prime_fast import doctor\nsys.exit(doctor.main())", *FORBID)
+        out = run("import sys\nfrom prime_fast.views import doctor\nsys.exit(doctor.main())", *FORBID)
         assert out.returncode == 1
         assert "FAIL  sandbox: cannot isolate" in out.stdout and "1 of 2 checks passed" in out.stdout
 
