@@ -25,7 +25,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is imported
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 from deepspeed.utils import safe_get_local_optimizer_state  # noqa: E402
+
+# zero.Init else casts every floating tensor that a model's constructor makes to the training dtype, whatever dtype it
+# asks for; RoPE frequencies in bfloat16 are off by radians after a thousand tokens. transformers sets the parameters'.
+partition_parameters.DEFAULT_TENSOR_OVERRIDES.remove(partition_parameters.DeepSpeedTensorOverride.dtype)
 
 GATHER_BYTES = 1 << 30  # parameters gathered at a time when weights leave the engine
 
@@ -132,6 +137,8 @@ class Engine:
             if distributed.rank() == 0:
                 state[name] = tensor.to("cpu", copy=True)
         if distributed.rank() == 0:
+            persistent = self.lm.state_dict().keys()
+            state |= {name: buffer for name, buffer in self.lm.named_buffers() if name in persistent}
             config = self.lm.config
             config.use_cache = True
             self.lm.save_pretrained(directory, state_dict=state)
