@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from prime_fast import passes
 from prime_fast.config import Config
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
 from prime_fast.data.rows import Rows, load_rows
-from prime_fast.engine import distributed
+from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch, Group
+from prime_fast.engine.model import longest_row
 from prime_fast.engine.zero import Engine
 from prime_fast.rollout import Request
 from prime_fast.rollout.fleet import Fleet
@@ -32,9 +34,9 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Tokenizer and rows, checked against the models' configurations. Raises ValueError in one sentence."""
     model = model_config(config.model.policy)
-    room = getattr(model, "max_position_embeddings", None)
+    room = min(getattr(model, "max_position_embeddings", None) or math.inf, longest_row(model))
     asked = config.data.max_prompt + config.rollout.max_response
-    if room is not None and asked > room:
+    if asked > room:
         raise ValueError(
             f"data.max_prompt + rollout.max_response = {asked} tokens, but {config.model.policy} has room for {room}; "
             "lower one of them"
@@ -70,7 +72,7 @@ def self_check(
     samples = rollout.generate([Request(i, prompt, [i], tokens, temperature) for i, prompt in enumerate(prompts)])
     batch = Batch.of([Group(i, i, prompt, tuple(samples[i]), (0.0,)) for i, prompt in enumerate(prompts)])
     everywhere = distributed.world_size()
-    together = [[[list(range(len(rows)))] * everywhere]]
+    together = [[share * everywhere for share in packing.plan(batch.lengths, config.engine.micro_tokens)]]
     one_by_one = [[[[i]] * everywhere for i in range(len(rows))]]
     packed = _score_replicated(policy, batch, together, temperature)
     single = _score_replicated(policy, batch, one_by_one, temperature)

@@ -1,11 +1,29 @@
 import copy
+import inspect
+import sys
+import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from torch.nn.attention import varlen
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3NextConfig,
+    StableLmConfig,
+)
 
 import prime_kernels
+from prime_fast.engine import model as engine_model
 from prime_fast.engine.model import PackedLM
 from prime_fast.engine.packing import pack
 
@@ -176,3 +194,104 @@ def test_state_dict_names_are_hugging_faces(name):
     plain = AutoModelForCausalLM.from_config(CONFIGS[name])
     names = set(plain.state_dict())
     assert set(PackedLM(plain).lm.state_dict()) == names
+
+
+def plain_varlen(q, k, v, cu, scale, left):
+    """Causal attention of each row over the last left + 1 tokens (all if left is -1): q (T, heads, d), k and v
+    (T, kv_heads, d) -> (T, heads, d), in float64."""
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
+    rows = []
+    for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", *(tensor[start:end].double() for tensor in (q, k))) * scale
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        rows.append(torch.einsum("hqk,khd->qhd", weights, v[start:end].double()))
+    return torch.cat(rows)
+
+
+def torch_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert q.shape == k.shape == v.shape and window_size[1] == 0 and isinstance(window_size, tuple)
+    return plain_varlen(q, k, v, cu_q, scale, window_size[0])
+
+
+def torch_2_13(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert (q.shape == k.shape or enable_gqa) and window_size[1] == 0 and isinstance(window_size, tuple)
+    return plain_varlen(q, k, v, cu_q, scale, window_size[0])
+
+
+def flash_attn_2(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal, window_size):
+    assert causal and window_size in ((-1, -1), (4, 0))
+    return plain_varlen(q, k, v, cu_q, softmax_scale, window_size[0])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("kernel", [torch_2_11, torch_2_13, flash_attn_2], ids=lambda kernel: kernel.__name__)
+def test_the_attention_kernels_of_a_gpu_are_asked_for_what_the_cpu_computes(kernel, window, monkeypatch):
+    """The kernels themselves need a GPU; their signatures and what the arguments mean do not."""
+    generator = torch.Generator().manual_seed(6)
+    prompts, responses, offsets = rows(6)
+    layout = pack(range(7), prompts, responses, offsets).layout
+    q, k, v = (torch.randn(int(layout.cu_seqlens[-1]), n, 8, generator=generator) for n in (4, 2, 2))
+    real = inspect.signature(varlen.varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(engine_model, "flash_attn", lambda: kernel)
+    attend = engine_model._flash_attn if kernel is flash_attn_2 else engine_model._torch_varlen
+    got = attend(q, k, v, 0.3, 0.0, window, layout)
+    expected = engine_model._by_length(*(tensor.transpose(0, 1) for tensor in (q, k, v)), 0.3, 0.0, window, layout)
+    torch.testing.assert_close(got.float(), expected, rtol=1e-5, atol=1e-6)
+    assert {"scale", "window_size"} <= set(real.parameters)  # of the torch that is installed
+
+
+@pytest.mark.parametrize("installed", ["nothing", "a namespace, as flash-attn 4 is", "a broken build", "flash-attn 2"])
+def test_flash_attn_counts_only_if_its_function_can_be_imported(installed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    del sys.modules["flash_attn"]
+    if installed != "nothing":
+        (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    if installed == "a broken build":
+        (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol')")
+    elif installed == "flash-attn 2":
+        (tmp_path / "flash_attn" / "__init__.py").write_text("def flash_attn_varlen_func(): ...")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = engine_model.flash_attn.__wrapped__()
+    assert (found is not None) == (installed == "flash-attn 2")
+    told = any("flash-attn is installed but not usable" in str(warning.message) for warning in warned)
+    assert told == (installed not in ("nothing", "flash-attn 2"))
+
+
+TINY = SHAPE | dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
+REFUSED = {
+    "this one scales its logits .final_logit_softcapping": Gemma2Config(**TINY),
+    "this one scales its logits .logit_scale": CohereConfig(**TINY),
+    "this one has linear_attention layers": Qwen3NextConfig(**TINY),
+    "Gemma2Attention asks for softcap": Gemma2Config(**TINY, final_logit_softcapping=None),
+    "GptOssAttention asks for s_aux": GptOssConfig(**TINY),
+    "StableLmAttention takes no row boundaries": StableLmConfig(**TINY),
+    "their attention cannot be replaced": FalconConfig(**TINY),
+    "a row has 18 tokens, and beyond 17 this model's RoPE changes": LlamaConfig(
+        **TINY, max_position_embeddings=17, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_models_that_packed_rows_would_compute_wrongly_are_refused(reason):
+    part = pack([0], [torch.arange(9)], [torch.arange(10)], [0])
+    with pytest.raises(ValueError, match=reason), torch.no_grad():
+        PackedLM(AutoModelForCausalLM.from_config(REFUSED[reason]))(part, lambda h, w, bias: h)
+
+
+@pytest.mark.parametrize("what", ["attention_mask", "position_bias", "is not causal"])
+def test_attention_that_asks_for_more_is_refused(what):
+    part = pack([0], [torch.arange(9)], [torch.arange(10)], [0])
+    module, tensor = SimpleNamespace(is_causal=what != "is not causal"), torch.zeros(1, 2, 18, 4)
+    more = {} if "causal" in what else {what: torch.zeros(18, 18)}
+    with pytest.raises(ValueError, match=what):
+        engine_model.packed_attention(
+            module, tensor, tensor, tensor, scaling=1.0, layout=part.layout, **{"attention_mask": None} | more
+        )
