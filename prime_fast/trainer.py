@@ -114,9 +114,7 @@ class Trainer:
             )
         self.updated = True
         with phases("sync"):
-            self.rollout.wake()
-            if result.applied:
-                self.rollout.sync()
+            self.rollout.wake(changed=result.applied)
         self.rollout.settled()
         record |= (
             {
@@ -153,10 +151,11 @@ class Trainer:
 
     def restore(self, directory: Path) -> int:
         """Continue from a checkpoint; returns the step to do next."""
+        self.rollout.sleep()  # loading needs the most memory of all
         state = checkpoint.load(directory, self._trained())
         self.collector.load_state_dict(state["collector"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
-        self.rollout.sync()
+        self.rollout.wake(changed=True)
         return state["step"] + 1
 
     def close(self) -> None:
@@ -269,7 +268,7 @@ class Trainer:
 
     def _skip(self, reason: str) -> dict[str, Any]:
         """Count a step whose update was not applied; stop the run when they come one after another."""
-        self.rollout.wake()
+        self.rollout.wake(changed=False)
         self.rollout.settled()
         self.skipped += 1
         self.skipped_in_a_row += 1
