@@ -316,4 +316,3 @@ def _read(path: Path) -> list[dict]:
 def _append(path: Path, records: list[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-

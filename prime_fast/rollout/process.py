@@ -232,8 +232,10 @@ class EngineProcess(RolloutEngine):
                 self.connection.send_bytes(message)
             else:
                 self.connection.send(message)
-        except OSError as error:  # gone, or it has not read for as long as the socket waits
-            self._hangs(f"took no more messages ({error})")
+        except BlockingIOError:
+            self._hangs(f"took no message for {self.deadlines.request:g} s")
+        except OSError:
+            self._died("ended")
 
     def _answer(self, seconds: float, doing: str) -> Any:
         """The result of the oldest request; groups that finish meanwhile are kept for `step`."""
