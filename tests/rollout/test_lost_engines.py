@@ -113,9 +113,7 @@ def vanish(engine) -> None:
 @pytest.mark.parametrize(
     ("end", "phase", "saved"), [(vanish, "while it wakes", 2), (refuse, "during rollouts", 1)], ids=["gone", "refused"]
 )
-def test_a_vllm_engine_that_does_not_come_back_ends_the_run(
-    end, phase, saved, workspace, tmp_path, monkeypatch, capsys
-):
+def test_a_vllm_engine_that_stays_away_ends_the_run(end, phase, saved, workspace, tmp_path, monkeypatch, capsys):
     needs_vllm()
     monkeypatch.setattr(process.sys, "executable", process.sys.executable)
     lose(monkeypatch, {2: phase}, end)
@@ -148,10 +146,8 @@ def mortal(monkeypatch):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_an_engine_lost_for_good_in_any_phase_leaves_all_that_was_trained(
-    phase, workspace, tmp_path, monkeypatch, mortal
-):
-    """The embedded engine made mortal, so that a run with each phase is cheap."""
+def test_an_engine_lost_for_good_leaves_all_that_was_trained(phase, workspace, tmp_path, monkeypatch, mortal):
+    """The embedded engine made mortal, so that a run for each phase is cheap."""
     lost = lose(monkeypatch, {2: phase}, lambda engine: setattr(engine, "lost", "for good"))
     every = ["log.eval_every=1", f"log.checkpoint_every={2 * (phase == 'while a checkpoint is written')}"]
     assert train(workspace, tmp_path / "run", "steps=4", *every) == 1
