@@ -34,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"prime-fast: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from prime_fast.rollout import EngineError
+
+        if not isinstance(error, EngineError):
+            raise
+        print(f"prime-fast: {error}", file=sys.stderr)
+        return 1
 
 
 def _is_ours(error: Exception) -> bool:

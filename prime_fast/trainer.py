@@ -46,6 +46,7 @@ class Trainer:
         self.collector = Collector(config.rollout, config.seed, inputs.train, self.rollout, self.pool, inputs.tokenizer)
         self.phases, self.last_write = Phases(), time.perf_counter()
         self.skipped = self.skipped_in_a_row = 0
+        self.updated: dict[str, Any] | None = None  # the record of the step, once its update was made
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
         """Train to config.steps. `log` is given on rank 0."""
@@ -55,14 +56,14 @@ class Trainer:
             if evaluates:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step, config.steps + 1):
-            before, self.updated = self._state(), False
+            before, self.updated = self._state(), None
             last = step == config.steps
             try:
                 record = {"step": step} | self.step(step)
                 if evaluates and (step % config.log.eval_every == 0 or last):
                     record |= self._evaluate(step)
             except EngineError:
-                self._save_what_was_trained(step, before)
+                self._save_what_was_trained(log, step, before)
                 raise
             self._write(log, record)
             if last or (config.log.checkpoint_every and step % config.log.checkpoint_every == 0):
@@ -112,24 +113,19 @@ class Trainer:
                 temperature=config.rollout.temperature,
                 config=config.policy,
             )
-        self.updated = True
+        record |= {
+            "policy_loss": result.loss,
+            "entropy": result.entropy,
+            "clip_fraction": result.clip_fraction,
+            "approx_kl": result.approx_kl,
+            "policy_grad_norm": result.grad_norm,
+        } | result.mismatch
+        self.updated = record
         with phases("sync"):
-            self.rollout.wake()
-            if result.applied:
-                self.rollout.sync()
+            self.rollout.wake(changed=result.applied)
         self.rollout.settled()
-        record |= (
-            {
-                "policy_loss": result.loss,
-                "entropy": result.entropy,
-                "clip_fraction": result.clip_fraction,
-                "approx_kl": result.approx_kl,
-                "policy_grad_norm": result.grad_norm,
-            }
-            | result.mismatch
-            | self._throughput(batch)
-            | {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
-        )
+        record |= self._throughput(batch)
+        record |= {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
         if not (result.applied and prm_applied):
             return record | self._skip("a loss or gradient is not finite")
         if step == 1 and result.grad_norm > 0:
@@ -137,10 +133,12 @@ class Trainer:
         self.skipped_in_a_row = 0
         return record | {"skipped": self.skipped}
 
-    def _save_what_was_trained(self, step: int, before: dict[str, Any]) -> None:
+    def _save_what_was_trained(self, log: MetricsLog | None, step: int, before: dict[str, Any]) -> None:
         """The rollout engines are lost for good: leave a checkpoint, in which groups that were in work start anew."""
-        done = step if self.updated else step - 1
-        if not self.updated:
+        done = step - 1 if self.updated is None else step
+        if self.updated is not None:
+            self._write(log, {"step": step, "skipped": self.skipped} | self.updated)
+        else:
             self.collector.load_state_dict(before["collector"])
             self.skipped, self.skipped_in_a_row = before["skipped"]
         newest = checkpoint.latest(Path(self.config.run_dir))
@@ -153,10 +151,11 @@ class Trainer:
 
     def restore(self, directory: Path) -> int:
         """Continue from a checkpoint; returns the step to do next."""
+        self.rollout.sleep()  # loading needs the most memory of all
         state = checkpoint.load(directory, self._trained())
         self.collector.load_state_dict(state["collector"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
-        self.rollout.sync()
+        self.rollout.wake(changed=True)
         return state["step"] + 1
 
     def close(self) -> None:
@@ -269,7 +268,7 @@ class Trainer:
 
     def _skip(self, reason: str) -> dict[str, Any]:
         """Count a step whose update was not applied; stop the run when they come one after another."""
-        self.rollout.wake()
+        self.rollout.wake(changed=False)
         self.rollout.settled()
         self.skipped += 1
         self.skipped_in_a_row += 1

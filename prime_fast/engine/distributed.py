@@ -23,14 +23,20 @@ def initialize() -> torch.device:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    here, on_gpu = device(), torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(here)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
         atexit.register(dist.destroy_process_group)
-    return device
+    return here
+
+
+def device() -> torch.device:
+    """This rank's, with its index. The one place that names a device: "cuda" alone has no index to hand on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def rank() -> int:

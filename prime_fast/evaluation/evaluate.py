@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from prime_fast.config import Config, ModelConfig, PrimeConfig, RewardConfig, RolloutConfig
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
 from prime_fast.data.rows import Rows, load_rows
+from prime_fast.engine import distributed
 from prime_fast.engine.batch import Group, Sample
 from prime_fast.engine.checkpoint import latest
 from prime_fast.engine.model import training_dtype
@@ -272,7 +273,7 @@ def _make_engine(settings: Settings, model: str, problems: list[Problem], tokeni
         rollout={"engine": settings.engine, "batch": settings.batch, "max_response": longest},
         engine={"micro_tokens": prompt + longest},
     )
-    device = _device()
+    device = distributed.device()
     return make_engine(config, model, eos_ids(model, tokenizer), training_dtype(config.model, device), device)
 
 
@@ -283,7 +284,7 @@ def _score(
     path = settings.out / "prm.jsonl"
     records = _read(path)
     if len(records) < len(problems):
-        start, device = time.perf_counter(), _device()
+        start, device = time.perf_counter(), distributed.device()
         responses = [torch.tensor(tokens) for record in samples for tokens in record["tokens"]]
         scores = implicit_rewards(
             models["prm"],
@@ -315,7 +316,3 @@ def _read(path: Path) -> list[dict]:
 def _append(path: Path, records: list[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class RolloutEngine:
     """What the trainer asks of an engine. Groups are submitted, `step` works on them, and each comes back when done."""
 
     concurrent = False  # whether it goes on working between two steps
+    forgets = False  # whether its weights are gone after a sleep
 
     def submit(self, request: Request) -> None:
         raise NotImplementedError
@@ -51,10 +53,15 @@ class RolloutEngine:
         """Give accelerator memory back while the trainer works."""
 
     def wake(self) -> None:
-        """Be ready to take weights and generate."""
+        """After a sleep: be ready to take weights."""
 
-    def restart(self) -> None:
-        """After EngineDied: a new engine without work, which needs the weights again."""
+    def ready(self) -> None:
+        """After `wake` and the weights: be ready to generate."""
+
+    def restart(self, room: float) -> None:
+        """After EngineDied: a new engine without work, as after `wake`, which needs the weights again and `ready`.
+
+        room: the share of a GPU that is free beside the trainer now; 1 without a GPU."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -70,6 +77,14 @@ class RolloutEngine:
         while len(results) < len(prompts):
             results.update(self.step())
         return [results[key] for key in range(len(prompts))]
+
+
+def release_cached() -> None:
+    """Give the GPU memory that torch only keeps in store back to the driver: vLLM's allocator cannot use it."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 def make_engine(

@@ -18,6 +18,7 @@ from prime_fast.rollout import Request
 from prime_fast.rollout.fleet import Fleet
 from prime_fast.rollout.verify import Verifier
 
+TICK_SECONDS = 0.2  # how long a rank whose engine has nothing to do waits for outcomes, before it looks at the others
 PRIOR_GROUPS = 8  # how many groups of this step the last step's pass rate weighs as much as
 
 
@@ -123,8 +124,9 @@ class Collector:
                 index, row = self.rows_in_work.pop(key)
                 texts = [self.tokenizer.decode(sample.tokens, skip_special_tokens=True) for sample in samples]
                 self.verifier.put((key, index, tuple(row["prompt_ids"]), tuple(samples)), texts, row)
-        with phases("reward"):  # an engine that works by itself is not kept waiting
-            scored = self.verifier.take(wait=not (self.fleet.concurrent and self.fleet.pending))
+        patience = 0.0 if self.fleet.pending else TICK_SECONDS
+        with phases("reward"):  # engines that work by themselves, other ranks' among them, are not kept waiting
+            scored = self.verifier.take(patience if self.fleet.concurrent else None)
         with phases("generate"):
             return distributed.gather_lists([Group(*start, outcomes) for start, outcomes in scored])
 

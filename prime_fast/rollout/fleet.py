@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prime_fast.engine import distributed
 from prime_fast.engine.batch import Sample
-from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine
+from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, release_cached
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+RESERVE_BYTES = 4 << 30  # of a GPU, for what a new engine takes beyond its share and for gathering weights
 
 
 class Fleet:
@@ -30,8 +32,9 @@ class Fleet:
         self.leaders = [rank for rank, leads in enumerate(led) if leads]
         if not self.leaders:
             raise ValueError("no rank has a rollout engine; give rollout.vllm.gpus at least tensor_parallel_size GPUs")
+        self.forgets = any(distributed.gather_lists([engine is not None and engine.forgets]))
         self.pending: dict[int, Request] = {}  # this rank's unfinished groups
-        self.restarts, self.asleep = 0, False
+        self.restarts, self.asleep = 0, False  # asleep: until it is ready again
 
     @property
     def concurrent(self) -> bool:
@@ -65,14 +68,22 @@ class Fleet:
         self._together(self._push)
 
     def sleep(self) -> None:
-        before, self.asleep = self.restarts, True
-        self._together(lambda: self.engine and self.engine.sleep())
-        if self.restarts > before:  # a new engine is awake
-            self._together(lambda: self.engine and self.engine.sleep())
+        self.asleep = True
+        self._together(lambda: self.engine and self.engine.sleep(), again=True)
 
-    def wake(self) -> None:
+    def wake(self, changed: bool) -> None:
+        """Be ready to generate. changed: the policy's weights are no longer those of the last sync.
+
+        Before each part that an engine maps, every rank gives back what it keeps in store.
+        """
         if self.asleep:
-            self._together(lambda: self.engine and self.engine.wake())
+            self._together(release_cached)
+            self._together(lambda: self.engine and self.engine.wake(), again=True)
+        if changed or self.asleep and self.forgets:
+            self.sync()
+        if self.asleep:
+            self._together(release_cached)
+            self._together(lambda: self.engine and self.engine.ready(), again=True)
             self.asleep = False
 
     def settled(self) -> None:
@@ -92,8 +103,11 @@ class Fleet:
             for _ in weights:  # the other ranks go on gathering
                 pass
 
-    def _together(self, action: Callable[[], Any]) -> Any:
-        """Do it on every rank; where an engine died, bring it back with weights and work. Other errors go to all."""
+    def _together(self, action: Callable[[], Any], again: bool = False) -> Any:
+        """Do it on every rank; where an engine died, bring it back with weights and work. Other errors go to all.
+
+        again: the new engine has to do it too.
+        """
         result, own = None, None
         try:
             result = action()
@@ -108,13 +122,30 @@ class Fleet:
         self.restarts += 1
         if distributed.rank() == 0:
             print(f"{errors[0]}; restarting it", flush=True)
-        self._together(self.engine.restart if own else lambda: None)
+        self._together(release_cached)
+        room = min(distributed.gather_lists([_room()]))
+        self._together(lambda: own and self.engine.restart(room))
         self._together(self._push if own else self._follow)
-        if own:
-            for request in self.pending.values():
-                self.engine.submit(request)
+        if not self.asleep:
+            self._together(release_cached)
+            self._together(lambda: own and self._take_up())
+        if again:
+            self._together(lambda: own and action())
         return result
+
+    def _take_up(self) -> None:
+        self.engine.ready()
+        for request in self.pending.values():
+            self.engine.submit(request)
 
     def _follow(self) -> None:
         for _ in self.weights():
             pass
+
+
+def _room() -> float:
+    """The share of this rank's GPU that a new engine may take."""
+    if not torch.cuda.is_available():
+        return 1.0
+    free, total = torch.cuda.mem_get_info()
+    return (free - RESERVE_BYTES) / total

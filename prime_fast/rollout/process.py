@@ -7,6 +7,8 @@ through the socket; never over the disk. One bucket is gathered while the engine
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 import socket
 import struct
@@ -19,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import cycle
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,16 +31,17 @@ from torch.multiprocessing.reductions import reduce_tensor
 from prime_fast.config import Config
 from prime_fast.engine import distributed
 from prime_fast.engine.batch import Sample
-from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine
+from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, release_cached
 from prime_fast.rollout.server import unpack
-from prime_fast.rollout.vllm import check_installed
+from prime_fast.rollout.vllm import GPU_SHARE, SLEEP_LEVEL, check_installed
 from prime_fast.rollout.weights import BUCKET_BYTES, Entry, transfer
 
 CPU_BUCKET_BYTES = 32 << 20
 TICK_SECONDS = 0.2  # how long a step listens when nothing finishes
 CLOSE_SECONDS = 5.0
-# of a process group that is not the engine's; expandable segments do not go with vLLM's sleep mode
+# of a process group that is not the engine's
 FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 IPC_DEVICE = 6  # where the device's index stands among the arguments of torch's rebuild_cuda_tensor
 
 
@@ -65,12 +69,17 @@ class EngineProcess(RolloutEngine):
         *,
         gpus: Sequence[str] = (),
         source: int = 0,
+        bucket_bytes: int = CPU_BUCKET_BYTES,
         deadlines: Deadlines = Deadlines(),  # noqa: B008
     ) -> None:
         check_installed()
         self.settings, self.device, self.gpus, self.source = settings, device, gpus, source
-        self.deadlines = deadlines
-        self.start()
+        self.bucket_bytes, self.deadlines, self.started = bucket_bytes, deadlines, False
+        self.start(settings)
+
+    @property
+    def forgets(self) -> bool:
+        return self.settings["sleep_level"] == 2
 
     @classmethod
     def for_config(
@@ -78,15 +87,18 @@ class EngineProcess(RolloutEngine):
     ) -> EngineProcess | None:
         """This rank's engine, or None where another rank's serves it too (tensor parallel, or fewer GPUs than ranks).
 
-        rollout.vllm: arguments of `vllm.LLM`, and two of ours: `gpus`, those of each node that the engines have to
-        themselves (default: engine and trainer share), and `bucket_mib`, the size of a weight bucket.
+        rollout.vllm: arguments of `vllm.LLM`, and three of ours: `gpus`, those of each node that the engines have to
+        themselves (default: engine and trainer share), `sleep_level` of engines that share, and `bucket_mib`, the size
+        of a weight bucket.
         """
         options = dict(config.rollout.vllm)
         own, width = options.pop("gpus", None), options.get("tensor_parallel_size", 1)
         default = BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
         bucket_bytes = options.pop("bucket_mib", default >> 20) << 20
+        sleep_level = options.pop("sleep_level", SLEEP_LEVEL)
         gpus, source = [], 0
         if device.type == "cuda":
+            _check_allocator()
             index, ranks = device.index, distributed.local_world_size()
             names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             visible = names.split(",")
@@ -95,9 +107,16 @@ class EngineProcess(RolloutEngine):
                     raise ValueError(f"rollout.vllm.tensor_parallel_size={width} does not divide {ranks} ranks a node")
                 gpus = visible[index : index + width] if index % width == 0 else []
             else:
+                if wrong := [gpu for gpu in own if gpu not in range(ranks, len(visible))]:
+                    raise ValueError(
+                        f"rollout.vllm.gpus names GPU {wrong[0]}, but the trainer has 0 to {ranks - 1} of the "
+                        f"{len(visible)} that this node shows; leave it out, or start fewer ranks"
+                    )
                 gpus = [visible[gpu] for gpu in own[index * width : (index + 1) * width]]
-                source = len(gpus)
+                source, sleep_level = len(gpus), 0
                 options.setdefault("gpu_memory_utilization", 0.9)
+            release_cached()
+            distributed.barrier()  # an engine of several GPUs needs what other ranks give back
             if len(gpus) < width:
                 return None
             gpus += [visible[index]] * (own is not None)
@@ -107,12 +126,12 @@ class EngineProcess(RolloutEngine):
             "dtype": dtype,
             "longest": config.data.max_prompt + config.rollout.max_response,
             "batch": config.rollout.batch,
-            "bucket_bytes": bucket_bytes,
+            "sleep_level": sleep_level,
             "options": options,
         }
-        return cls(settings, device, gpus=gpus, source=source)
+        return cls(settings, device, gpus=gpus, source=source, bucket_bytes=bucket_bytes)
 
-    def start(self) -> None:
+    def start(self, settings: dict[str, Any]) -> None:
         ours, theirs = socket.socketpair()
         wait = struct.pack("ll", int(self.deadlines.request), 0)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
@@ -126,12 +145,19 @@ class EngineProcess(RolloutEngine):
         self.heard, self.loads = time.monotonic(), 0
         self.working: set[int] = set()
         self.finished: list[tuple[int, list[Sample]]] = []
-        self._send(self.settings)
+        self._send(settings)
         self._answer(self.deadlines.start, "starting")
+        self.started = True
 
-    def restart(self) -> None:
+    def restart(self, room: float) -> None:
+        """vLLM refuses to start where less is free than it is to take: beside a trainer at work it takes less."""
         self.finalizer()
-        self.start()
+        options = self.settings["options"]
+        if self.settings["sleep_level"] and room < options.get("gpu_memory_utilization", GPU_SHARE):
+            options = options | {"gpu_memory_utilization": room}
+        self.start(self.settings | {"options": options})
+        self.sleep()
+        self.wake()
 
     def submit(self, request: Request) -> None:
         if not self.working:
@@ -146,13 +172,13 @@ class EngineProcess(RolloutEngine):
             self._note(self._receive())
             seconds = 0.0
         if self.working and not self.finished and time.monotonic() - self.heard > self.deadlines.silence:
-            self._died(f"gave no sign of life for {self.deadlines.silence:g} s while generating")
+            self._hangs(f"gave no sign of life for {self.deadlines.silence:g} s while generating")
         done, self.finished = self.finished, []
         self.working -= {key for key, _ in done}
         return done
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        flats = [torch.empty(self.settings["bucket_bytes"], dtype=torch.uint8, device=self.device) for _ in range(2)]
+        flats = [torch.empty(self.bucket_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
         travelling: deque[Tensor] = deque()
 
         def landed() -> None:
@@ -173,14 +199,15 @@ class EngineProcess(RolloutEngine):
         self._call("begin_load")
         transfer(weights, cycle(flats), load, finish)
         self.loads += 1
-        if self.device.type == "cuda":
-            torch.cuda.ipc_collect()
 
     def sleep(self) -> None:
         self._call("sleep")
 
     def wake(self) -> None:
         self._call("wake")
+
+    def ready(self) -> None:
+        self._call("ready")
 
     def close(self) -> None:
         self.finalizer()
@@ -205,15 +232,17 @@ class EngineProcess(RolloutEngine):
                 self.connection.send_bytes(message)
             else:
                 self.connection.send(message)
-        except OSError as error:  # gone, or it has not read for as long as the socket waits
-            self._died(f"took no more messages ({error})")
+        except BlockingIOError:
+            self._hangs(f"took no message for {self.deadlines.request:g} s")
+        except OSError:
+            self._died("ended")
 
     def _answer(self, seconds: float, doing: str) -> Any:
         """The result of the oldest request; groups that finish meanwhile are kept for `step`."""
         deadline = time.monotonic() + seconds
         while True:
             if not self.connection.poll(max(0.0, deadline - time.monotonic())):
-                self._died(f"did not answer within {seconds:g} s while {doing}")
+                self._hangs(f"did not answer within {seconds:g} s while {doing}")
             kind, *content = self._receive()
             if kind == "ok":
                 return content[0]
@@ -227,7 +256,7 @@ class EngineProcess(RolloutEngine):
         self.heard = time.monotonic()
         if message[0] == "error":
             _, mistake, text = message
-            if mistake:
+            if mistake and not self.started:  # later it is no longer the user's
                 self.close()
                 raise ValueError(f"the rollout engine refused: {text.removeprefix('ValueError: ')}")
             self._died(f"failed with {text}")
@@ -239,6 +268,10 @@ class EngineProcess(RolloutEngine):
             raise EngineError(f"the rollout engine generates with weights {loads}, the trainer sent it {self.loads}")
         self.finished += [(key, [unpack(sample) for sample in samples]) for key, samples in groups]
 
+    def _hangs(self, how: str) -> None:
+        self.process.kill()  # it would not hear that it should end
+        self._died(how)
+
     def _died(self, how: str) -> None:
         self.finalizer()
         raise EngineDied(f"the rollout engine's process {how}; exit code {self.process.returncode}")
@@ -247,18 +280,38 @@ class EngineProcess(RolloutEngine):
         ours = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         ours["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         ours.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # vLLM's, about torch
-        if "expandable_segments" in ours.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-            del ours["PYTORCH_CUDA_ALLOC_CONF"]
         if self.gpus:
             ours["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+            # torch.compile's results are written there by name and not at once: engines must not share them
+            root = Path(ours.get("VLLM_CACHE_ROOT") or Path(ours.get("XDG_CACHE_HOME") or "~/.cache", "vllm"))
+            place = "-".join([platform.node(), *self.gpus]).replace("/", "-")
+            ours["VLLM_CACHE_ROOT"] = str(root.expanduser() / "prime-fast" / place)
         return ours
 
 
+def _check_allocator() -> None:
+    """Another process opens expandable segments with pidfd_getfd, which containers forbid (pytorch #165685)."""
+    for name in ALLOCATOR:
+        if re.search(r"expandable_segments\s*:\s*True", os.environ.get(name, "")):
+            raise ValueError(
+                f"{name} asks for expandable segments, which rollout.engine=vllm cannot read weights from; "
+                "take expandable_segments out of it, or set rollout.engine=hf"
+            )
+
+
 def _end(process: subprocess.Popen, connection: Connection) -> None:
-    """End the process, whatever it started, and reap it. A closed socket asks it to go by itself."""
+    """End the process, whatever it started, and reap it. A closed socket asks it to go by itself.
+
+    Its workers count as well, for the next engine needs their GPUs; what nobody reaps is not waited for long.
+    """
     connection.close()
     with suppress(subprocess.TimeoutExpired):
         process.wait(CLOSE_SECONDS if process.poll() is None else 0)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(TICK_SECONDS / 10)
     process.wait()

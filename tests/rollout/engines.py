@@ -8,7 +8,7 @@ import torch
 from prime_fast.rollout import RolloutEngine
 from prime_fast.rollout.hf import HFEngine
 from prime_fast.rollout.process import EngineProcess
-from prime_fast.rollout.vllm import check_installed
+from prime_fast.rollout.vllm import SLEEP_LEVEL, check_installed
 
 EOS = 1
 
@@ -29,5 +29,5 @@ def start_engine(
         return HFEngine(str(model), [EOS], dtype=torch.float32, device=cpu, batch=batch)
     needs_vllm()
     settings = {"path": str(model), "eos_ids": [EOS], "dtype": torch.float32, "longest": longest, "batch": batch}
-    settings |= {"bucket_bytes": 1 << 20, "options": options or {}}
-    return EngineProcess(settings, cpu)
+    settings |= {"sleep_level": SLEEP_LEVEL, "options": options or {}}
+    return EngineProcess(settings, cpu, bucket_bytes=1 << 20)
