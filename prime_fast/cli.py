@@ -102,9 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", help="path of the picture (default: report/curves.png in the first run)")
     report.set_defaults(run=_report)
 
-    doctor = commands.add_parser(
-        "doctor", help="does this machine hold model-written code? tries to escape the sandbox"
-    )
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks; tries to escape from the sandbox")
+    doctor.add_argument("--quick", action="store_true", help="without the attempts to escape")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    doctor.add_argument("--run-dir", default="runs", metavar="DIR", help="whose disk is looked at (default: runs)")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -285,7 +286,7 @@ def _answered(rows: Iterator, rows_name: str, name: str) -> Iterator[tuple[dict,
 def _doctor(options: argparse.Namespace) -> int:
     from prime_fast.views import doctor
 
-    return doctor.main()
+    return doctor.main(options.run_dir, options.quick, options.json)
 
 
 def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
