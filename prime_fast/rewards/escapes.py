@@ -1,4 +1,4 @@
-"""prime-fast doctor: does this machine hold model-written code? Tries to escape from the sandbox in every known way."""
+"""Tries to escape from the sandbox in every known way: the attacks, and the world outside that they are after."""
 
 from __future__ import annotations
 
@@ -8,68 +8,33 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from prime_fast.rewards import RewardPool
 from prime_fast.rewards.attacks import ATTACKS
 from prime_fast.rewards.isolate import NOBODY, has_nobody
-from prime_fast.rewards.sandbox import MEMORY_BYTES, isolation
+from prime_fast.rewards.pool import RewardPool
 
 SECONDS = 2.0  # a program's time; endless ones are stopped at 0.4 of it
 SLACK_SECONDS = 30.0  # on top, for a machine that is busy: what is looked for are hangs
 VARIABLE = "PRIME_FAST_DOCTOR_SECRET"
 HONEST = {"inputs": ["20 1"], "outputs": ["21"]}, "print(sum(map(int, input().split())))"
 
-Check = tuple[str, bool, str]
 
+def attempts() -> Iterator[tuple[str, str | None]]:
+    """(name, what it broke or None) of every attack of `rewards.attacks`, tried one after another.
 
-def main() -> int:
-    """Prints the checks; 0 if all are well, else 1."""
-    checks = []
-    for name, ok, detail in run():
-        checks.append(ok)
-        if not ok or not name.startswith("attack: "):
-            print(f"{'ok  ' if ok else 'FAIL'}  {name}: {detail}", flush=True)
-    print(f"{sum(checks)} of {len(checks)} checks passed")
-    return 0 if all(checks) else 1
-
-
-def doctor() -> list[Check]:
-    """(check, ok, detail) for the sandbox and every attack of `rewards.attacks`; nothing here raises."""
-    return list(run())
-
-
-def run() -> Iterator[Check]:
-    """The same one by one."""
-    yield "python", sys.version_info >= (3, 11), sys.version.split()[0]
-    start = time.monotonic()
-    with ExitStack() as stack:
-        try:
-            world = stack.enter_context(outside())
-            pool = stack.enter_context(RewardPool("code", workers=1, timeout=SECONDS))
-        except (ValueError, RuntimeError, OSError) as error:
-            yield "sandbox", False, str(error)
-            return
-        way = isolation("namespaces").__name__
-        yield "sandbox", True, f"works by {way}; {MEMORY_BYTES >> 20} MiB, one process, no network for each program"
-        broken = 0
+    Last comes "honest program", which must score. Raises ValueError, RuntimeError or OSError where no sandbox starts.
+    """
+    with outside() as world, RewardPool("code", workers=1, timeout=SECONDS) as pool:
         for name in ATTACKS:
-            problem = attack(name, world, pool)
-            broken += problem is not None
-            yield f"attack: {name}", problem is None, problem or "held"
-        yield (
-            "attacks",
-            not broken,
-            f"{len(ATTACKS) - broken} of {len(ATTACKS)} held in {time.monotonic() - start:.0f} s",
-        )
+            yield name, attack(name, world, pool)
         truth, program = HONEST
-        (honest,) = pool.score([program], [{"reward_model": {"ground_truth": truth}}])
-        yield "honest program", honest == 1.0, f"scores {honest}"
+        (score,) = pool.score([program], [{"reward_model": {"ground_truth": truth}}])
+        yield "honest program", None if score == 1.0 else f"it scores {score}"
 
 
 def attack(name: str, world: World, pool: RewardPool) -> str | None:
@@ -197,7 +162,3 @@ def _row(kind: str, world: dict, wins: list[str]) -> dict:
     else:
         truth = {"asserts": "\n".join(f"assert attack({world!r}) == {win!r}" for win in wins)}
     return {"reward_model": {"ground_truth": json.dumps(truth)}}
-
-
-if __name__ == "__main__":
-    sys.exit(main())
