@@ -14,6 +14,8 @@ CARDS = {"a100-40": 39.4, "a100-80": 79.1, "h100": 79.1, "h200": 139.7}
 MOST_RANKS = 1024
 GRAIN = 1024  # tokens, of engine.micro_tokens
 
+UTILIZATION = "rollout.vllm.gpu_memory_utilization"
+
 Change = dict[str, Any]  # dotted key -> new value
 
 
@@ -76,10 +78,8 @@ def _settings(plan: Plan) -> dict[str, list[Any]]:
     config, settings = plan.config, {}
     if config.rollout.engine == "hf":
         settings["rollout.batch"] = _halves(config.rollout.batch, config.rollout.samples)
-    else:
-        now = plan.rollout.utilization
-        other = [step / 20 for step in range(2, 20) if abs(step / 20 - now) > 1e-6]
-        settings["rollout.vllm.gpu_memory_utilization"] = sorted(other, key=lambda value: abs(value - now))
+    elif not plan.rollout.apart:
+        settings[UTILIZATION] = _utilizations(plan)
     longest = -(-(config.data.max_prompt + config.rollout.max_response) // GRAIN) * GRAIN
     settings["engine.micro_tokens"] = list(range((config.engine.micro_tokens - 1) // GRAIN * GRAIN, longest - 1, -GRAIN))
     if not config.model.gradient_checkpointing:
@@ -87,6 +87,18 @@ def _settings(plan: Plan) -> dict[str, list[Any]]:
     if config.engine.offload == "none":
         settings["engine.offload"] = ["cpu"]
     return {key: values for key, values in settings.items() if values}
+
+
+def _utilizations(plan: Plan) -> list[float]:
+    """In steps of 5%: smaller ones that still leave room for a sequence, or the next that does where today's does not."""
+
+    def holds(value: float) -> bool:
+        return Plan(apply(plan.config, {UTILIZATION: value}), plan.ranks, plan.card).rollout.sequences >= 1
+
+    grid = [step / 20 for step in range(2, 20)]
+    if plan.rollout.sequences < 1:
+        return [value for value in grid if value > plan.rollout.utilization and holds(value)][:1]
+    return [value for value in reversed(grid) if value < plan.rollout.utilization and holds(value)]
 
 
 def _halves(value: int, least: int) -> list[int]:

@@ -49,7 +49,7 @@ def head_buffers(shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, ba
     head = Head(Rows, hidden, weight, None, 1.0, None, (backward, backward, False))
     given = {id(hidden), id(weight)}
     made = {id(x): x.nbytes for x in vars(head).values() if isinstance(x, torch.Tensor) and id(x) not in given}
-    rows = head.kernel.chunk_rows if backward else 0
+    rows = min(tokens, head.kernel.chunk_rows) if backward else 0
     scaled = rows * shape.hidden * (4 + dtype.itemsize)  # a chunk's dX in float32, its hidden states scaled (prm_loss)
     return sum(made.values()) + scaled
 

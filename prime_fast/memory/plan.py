@@ -14,7 +14,7 @@ from prime_fast.memory import passes
 from prime_fast.memory.items import Item, total
 from prime_fast.memory.rollouts import CONTEXT, NCCL, Rollout
 from prime_fast.memory.shapes import Shape, shape
-from prime_fast.memory.states import States
+from prime_fast.memory.states import RANK_0, States
 from prime_fast.preflight import CHECK_PROMPTS, CHECK_TOKENS
 
 SLACK = 0.1  # of what comes and goes: blocks of torch's allocator that are free but of no use
@@ -89,8 +89,10 @@ class Plan:
             peaks[phase] = max(peaks.get(phase, 0), sizes)
         return peaks
 
-    def host_bytes(self, phase: str) -> int:
-        return total(self.phases[phase], "host")
+    def node_host_bytes(self, phase: str, node: int) -> int:
+        """Of the host of a node of up to `node` ranks; rank 0 alone collects a whole model for its checkpoint."""
+        shared = [item for item in self.phases[phase] if not item.name.endswith(RANK_0)]
+        return total(shared, "host") * min(self.ranks, node) + total(set(self.phases[phase]) - set(shared), "host")
 
     def _size(self, moment: Moment) -> int:
         return total(moment, self.place)
@@ -98,6 +100,7 @@ class Plan:
     def _moments(self) -> Iterator[tuple[str, list[Moment]]]:
         config, rollout = self.config, self.rollout
         yield "load", [self._whole(moment, rest) for rest, moment in self._loading()]
+        yield "resume", [self._whole([*rollout.awake(), *self._syncing()])]
         yield "generate", [self._whole(rollout.awake())]
         policy, prm = self.states["policy"], self.states.get("prm")
         if prm or "reference" in self.states:
@@ -107,26 +110,27 @@ class Plan:
         if config.rollout.old_logprobs != "engine":
             yield "old_logprobs", self._scored(policy)
         yield from self._trained(policy)
-        yield "sync", [self._whole([*rollout.loaded(), *policy.gathered_for_export(), *rollout.buckets()])]
+        yield "sync", [self._whole([*rollout.loaded(), *self._syncing()])]
         yield "checkpoint", [
-            self._whole([*rollout.loaded(), *states.gathered_for_export(), *states.exported(rank=0)])
+            self._whole([*rollout.loaded(), *states.gathered_for_export(), *states.exported()])
             for states in self.states.values()
             if states.trained
         ]
 
     def _loading(self) -> Iterator[tuple[Moment, Moment]]:
-        """(at rest, beside it): engine after engine; then the self-check with the rollout engine awake; or, after
-        --resume, a weight sync to it."""
+        """(at rest, beside it): engine after engine, then the self-check with the rollout engine awake."""
         done: Moment = []
         for states in self.states.values():
             yield done, states.starting()
             done = [*done, *states.fresh()]
-        policy, awake = self.states["policy"], self.rollout.awake()
+        awake = self.rollout.awake()
         leaders = -(-self.ranks // self.rollout.shards)
         tokens = CHECK_PROMPTS * leaders * (self.config.data.max_prompt + CHECK_TOKENS)
-        for moment in self._scoring(policy, tokens):
+        for moment in self._scoring(self.states["policy"], tokens):
             yield done, [*awake, *moment]
-        yield self._rest(), [*awake, *policy.gathered_for_export(), *self.rollout.buckets()]
+
+    def _syncing(self) -> Moment:
+        return [*self.states["policy"].gathered_for_export(), *self.rollout.buckets()]
 
     def _scored(self, states: States) -> list[Moment]:
         return [self._working(moment) for moment in self._scoring(states, self.config.engine.micro_tokens)]

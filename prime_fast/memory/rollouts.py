@@ -65,7 +65,7 @@ class Rollout(NamedTuple):
         """Full-length sequences that vLLM's cache has room for on this card; it refuses to start below one."""
         if not (self.vllm and self.on_gpu and self.card):
             return None
-        return (self._share - self.weights - self._profiled - GRAPHS) / self.sequence
+        return (self._share - self._beside_cache) / self.sequence
 
     def awake(self) -> list[Item]:
         """While it generates, until it sleeps."""
@@ -76,10 +76,7 @@ class Rollout(NamedTuple):
             return [*self._cpu(), self._item("KV cache", min(kv, self.config.rollout.batch * self.sequence))]
         # gpu_memory_utilization covers weights, profiled activations, CUDA graphs and the cache, but not the context,
         # which is there before vLLM looks (vllm/v1/worker/gpu_worker.py determine_available_memory)
-        least = self.weights + self._profiled + GRAPHS
-        batch = self.config.rollout.batch * self.sequence
-        share = self._item("weights, graphs and KV cache", self._share if self.card else least + batch)
-        return [share, *self._contexts()]
+        return [self._item("weights, graphs and KV cache", self._share), *self._contexts()]
 
     def loaded(self) -> list[Item]:
         """While weights are synchronised, until the next prompt wakes the cache."""
@@ -117,7 +114,15 @@ class Rollout(NamedTuple):
 
     @property
     def _share(self) -> int:
-        return int(self.utilization * self.card)
+        """Of the card; without a card, or with rollout.vllm.kv_cache_memory_bytes, what the parts add up to."""
+        cache = self.config.rollout.vllm.get("kv_cache_memory_bytes")
+        if self.card and not cache:
+            return int(self.utilization * self.card)
+        return self._beside_cache + (cache or self.config.rollout.batch * self.sequence)
+
+    @property
+    def _beside_cache(self) -> int:
+        return self.weights + self._profiled + GRAPHS
 
     @property
     def _profiled(self) -> int:

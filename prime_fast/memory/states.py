@@ -18,6 +18,7 @@ from prime_fast.memory.items import Item, pinned
 from prime_fast.memory.shapes import Shape
 
 MASTER, MOMENTS = 4, 8  # bytes a parameter: float32 weights; AdamW's two float32 moments
+RANK_0 = "on rank 0"
 NORM = 8  # bytes an element: norms are taken in float64 (utils.py get_norm_dtype)
 
 
@@ -98,8 +99,10 @@ class States:
             return self._parameters()
         later = ("gradients", "reduce bucket")
         whole = [item for item in self.fresh() if not item.name.endswith(later)]
-        where = "host" if self.offloaded else "GPU"
-        return [*whole, self._item("float32 weights, made twice", MASTER * self.sub_group, where)]
+        items = [*whole, self._item("float32 weights, made twice", MASTER * self.sub_group, self._resting_place)]
+        if self.on_gpu and not self.offloaded:  # utils.py defragment
+            items.append(self._item("parameters, laid out anew", self.width * self.partition, "host"))
+        return items
 
     def gathered(self) -> list[Item]:
         """Whole parameters while a pass runs: partitioned_param_coordinator.py releases none that is needed again within
@@ -144,12 +147,15 @@ class States:
             items.append(self._item("AdamW's denominator, made twice", 2 * 4 * self.sub_group))
         return items
 
-    def exported(self, rank: int) -> list[Item]:
-        """On the host while a checkpoint is written: rank 0 collects the whole model, then each rank's states pass
-        through the host, one flat tensor at a time (torch.save)."""
-        whole = self.width * self.shape.count if rank == 0 else 0
+    def exported(self) -> list[Item]:
+        """On the host while a checkpoint is written: rank 0 collects the whole model (engine/zero.py save_hf); then each
+        rank's states pass through, one flat tensor at a time (torch.save)."""
         passing = 0 if self.offloaded or not self.on_gpu else MASTER * self.sub_group
-        return [self._item("checkpoint on its way to disk", max(whole, passing), "host")]
+        more = max(0, self.width * self.shape.count - passing)
+        return [
+            self._item("states on their way to disk", passing, "host"),
+            self._item(f"whole model, {RANK_0}", more, "host"),
+        ]
 
     def checkpoint_bytes(self) -> int:
         """Of all ranks: the Hugging Face copy, float32 weights and moments. Frozen engines are not written."""
@@ -181,14 +187,14 @@ class States:
 
     def _trained(self) -> list[Item]:
         offload = self.engine.offload
-        where = {"none": "GPU", "cpu": "host", "disk": "disk"}[offload]
+        where = self._resting_place
         bucket = self.zero.reduce_bucket_size
         if not self.on_gpu:  # untouched pages of a buffer take no memory
             bucket = min(bucket, self.shape.count)
         gradients = self.gradient_width * self.partition
         items = [
-            # float32 parameters are their own master weights (stage3.py _create_fp32_partitions)
-            self._item("float32 weights", 0 if self._own_master else MASTER * self.partition, where),
+            # of float32 parameters too: _create_fp32_partitions compares a device with its name and so never shares them
+            self._item("float32 weights", MASTER * self.partition, where),
             self._item("AdamW moments", MOMENTS * self.partition, where),
             self._item("reduce bucket", self.width * bucket),
         ]
@@ -204,8 +210,8 @@ class States:
         return [*items, self._item("float32 gradients", flat, "host")]
 
     @property
-    def _own_master(self) -> bool:
-        return self.dtype == torch.float32 and not self.offloaded
+    def _resting_place(self) -> str:
+        return {"none": "GPU", "cpu": "host", "disk": "disk"}[self.engine.offload]
 
     @property
     def _offload_param(self):
