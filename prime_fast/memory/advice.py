@@ -81,7 +81,9 @@ def _settings(plan: Plan) -> dict[str, list[Any]]:
     elif not plan.rollout.apart:
         settings[UTILIZATION] = _utilizations(plan)
     longest = -(-(config.data.max_prompt + config.rollout.max_response) // GRAIN) * GRAIN
-    settings["engine.micro_tokens"] = list(range((config.engine.micro_tokens - 1) // GRAIN * GRAIN, longest - 1, -GRAIN))
+    settings["engine.micro_tokens"] = list(
+        range((config.engine.micro_tokens - 1) // GRAIN * GRAIN, longest - 1, -GRAIN)
+    )
     if not config.model.gradient_checkpointing:
         settings["model.gradient_checkpointing"] = [True]
     if config.engine.offload == "none":

@@ -85,7 +85,9 @@ class Plan:
         peaks: dict[str, int] = {}
         for name, items in self.phases.items():
             phase = name.removesuffix(STEP)
-            sizes = sum(i.size for i in items if i.where == self.place and i.holder == "trainer" and i.name != SLACK_NAME)
+            sizes = sum(
+                i.size for i in items if i.where == self.place and i.holder == "trainer" and i.name != SLACK_NAME
+            )
             peaks[phase] = max(peaks.get(phase, 0), sizes)
         return peaks
 
@@ -100,7 +102,8 @@ class Plan:
     def _moments(self) -> Iterator[tuple[str, list[Moment]]]:
         config, rollout = self.config, self.rollout
         yield "load", [self._whole(moment, rest) for rest, moment in self._loading()]
-        yield "resume", [self._whole([*rollout.awake(), *self._syncing()])]
+        imported = max((states.imported() for states in self.states.values()), key=lambda items: total(items, "host"))
+        yield "resume", [self._whole([*rollout.awake(), *self._syncing(), *imported])]
         yield "generate", [self._whole(rollout.awake())]
         policy, prm = self.states["policy"], self.states.get("prm")
         if prm or "reference" in self.states:
@@ -111,11 +114,14 @@ class Plan:
             yield "old_logprobs", self._scored(policy)
         yield from self._trained(policy)
         yield "sync", [self._whole([*rollout.loaded(), *self._syncing()])]
-        yield "checkpoint", [
-            self._whole([*rollout.loaded(), *states.gathered_for_export(), *states.exported()])
-            for states in self.states.values()
-            if states.trained
-        ]
+        yield (
+            "checkpoint",
+            [
+                self._whole([*rollout.loaded(), *states.gathered_for_export(), *states.exported()])
+                for states in self.states.values()
+                if states.trained
+            ],
+        )
 
     def _loading(self) -> Iterator[tuple[Moment, Moment]]:
         """(at rest, beside it): engine after engine, then the self-check with the rollout engine awake."""

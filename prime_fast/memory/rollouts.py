@@ -107,7 +107,7 @@ class Rollout(NamedTuple):
     def backup_bytes(self) -> int:
         """Level-1 sleep copies every block of vLLM's weights to a pinned one (vllm/device_allocator/cumem.py), which
         torch rounds up to a power of two."""
-        sizes = [self.dtype.itemsize * count // self.shards for count in self.shape.vllm_tensors()]
+        sizes = [self.dtype.itemsize * count // self.shards for count in self.shape.vllm_tensors]
         large = [-(-size // SEGMENT) * SEGMENT for size in sizes if size > SMALL // 2]
         small = sum(size for size in sizes if size <= SMALL // 2)
         return sum(map(pinned, large)) + -(-small // SMALL) * pinned(SMALL)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from functools import cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cache, cached_property
 
-from accelerate import init_empty_weights
+import torch
 from transformers import AutoModelForCausalLM
 
 from prime_fast.data.models import model_config
@@ -14,7 +14,8 @@ from prime_fast.data.models import model_config
 FUSED_BY_VLLM = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     parameters: tuple[tuple[str, int], ...]  # (name, elements); tied ones once
     layers: int
     hidden: int
@@ -25,11 +26,11 @@ class Shape(NamedTuple):
     vocabulary: int
     tied: bool
 
-    @property
+    @cached_property
     def count(self) -> int:
         return sum(count for _, count in self.parameters)
 
-    @property
+    @cached_property
     def largest(self) -> int:
         return max(count for _, count in self.parameters)
 
@@ -50,6 +51,7 @@ class Shape(NamedTuple):
         """Of the keys and values of one token."""
         return 2 * self.layers * self.kv_heads * self.head_size * width
 
+    @cached_property
     def vllm_tensors(self) -> list[int]:
         """Elements of vLLM's parameters, which join q, k and v, and gate and up."""
         sizes: dict[str, int] = {}
@@ -63,7 +65,7 @@ class Shape(NamedTuple):
 def shape(path: str) -> Shape:
     """Raises ValueError if there is no config at `path`. Nothing is built: parameters live on the meta device."""
     config = model_config(path)
-    with init_empty_weights():
+    with torch.device("meta"):  # accelerate's init_empty_weights would untie the head
         parameters = tuple((name, p.numel()) for name, p in AutoModelForCausalLM.from_config(config).named_parameters())
     heads = config.num_attention_heads
     return Shape(

@@ -157,6 +157,11 @@ class States:
             self._item(f"whole model, {RANK_0}", more, "host"),
         ]
 
+    def imported(self) -> list[Item]:
+        """On the host while a checkpoint is read (engine.py _load_zero_checkpoint)."""
+        size = (MASTER + MOMENTS) * self.partition if self.trained else 0
+        return [self._item("states on their way from disk", size, "host")]
+
     def checkpoint_bytes(self) -> int:
         """Of all ranks: the Hugging Face copy, float32 weights and moments. Frozen engines are not written."""
         if not self.trained:
@@ -170,7 +175,9 @@ class States:
         # small ones stay (parameter_offload.py mark_persistent_parameters); of a trained engine, all have a place in one
         # flat buffer on the host too, beside the pinned blocks that they were loaded into, which torch keeps
         threshold = self.zero.param_persistence_threshold
-        items = [self._item("small parameters", self.width * sum(n for _, n in self.shape.parameters if n <= threshold))]
+        items = [
+            self._item("small parameters", self.width * sum(n for _, n in self.shape.parameters if n <= threshold))
+        ]
         parts = [-(-count // self.ranks) for _, count in self.shape.parameters if count > threshold]
         if offload == "cpu":
             items.append(self._item("parameters", pinned(size) if self.trained else 0, "host"))

@@ -1,6 +1,6 @@
 """Run by test_memory_states.py, alone or under torchrun: what real DeepSpeed engines hold, as JSON lines on rank 0.
 
-usage: engine_bytes.py MODEL DIRECTORY dtype:offload ...
+usage: engine_bytes.py MODEL DIRECTORY dtype:offload[:dtype in which gradients are summed] ...
 """
 
 import json
@@ -13,7 +13,12 @@ from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
 from prime_fast.engine import distributed, packing, zero
 
 
-def held(model: str, directory: Path, dtype: str, offload: str, device: torch.device) -> dict[str, int]:
+def held(
+    model: str, directory: Path, device: torch.device, dtype: str, offload: str, summed: str | None = None
+) -> dict[str, int]:
+    settings = zero.deepspeed_config
+    if summed:
+        zero.deepspeed_config = lambda *arguments: settings(*arguments) | {"data_types": {"grad_accum_dtype": summed}}
     engine = zero.Engine(
         "policy",
         model,
@@ -22,13 +27,17 @@ def held(model: str, directory: Path, dtype: str, offload: str, device: torch.de
         OptimizerConfig(lr=1e-3),
         device,
     )
-    gathered = []
+    zero.deepspeed_config = settings
+    gathered, stepped = [], []
     parameters = list(engine.lm.parameters())
 
     def loss(hidden, weight, bias):
         gathered.append(sum(p.data.nbytes for p in parameters))
         return (hidden.float() @ weight.float().T).square().mean()
 
+    engine.deepspeed.optimizer.optimizer.register_step_pre_hook(
+        lambda adam, *_: stepped.extend(p.grad.nbytes for group in adam.param_groups for p in group["params"])
+    )
     ids = torch.arange(8)
     pack = packing.pack([0], [ids[:4]], [ids[4:]], [0])
     for _ in range(2):  # the first pass records the order of the parameters
@@ -48,6 +57,7 @@ def held(model: str, directory: Path, dtype: str, offload: str, device: torch.de
         "float32 gradients": stored([group.grad for group in groups if group.grad is not None]),
         "reduce bucket": stored([bucket.buffer for bucket in optimizer.ipg_buckets.values()]),
         "gathered parameters": max(gathered),
+        "gradient in the step": max(stepped),
         "written": written,
     }
 
@@ -61,7 +71,7 @@ def main() -> None:
     model, directory, *cases = sys.argv[1:]
     device = zero.start()
     for case in cases:
-        result = held(model, Path(directory, case), *case.split(":"), device)
+        result = held(model, Path(directory, case), device, *case.split(":"))
         distributed.barrier()
         if distributed.rank() == 0:
             print(json.dumps({"case": case} | result), flush=True)
