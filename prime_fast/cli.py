@@ -93,7 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
     train.add_argument("--dry-run", action="store_true", help="print model sizes, memory plan and passes; needs no GPU")
-    train.add_argument("--ranks", type=int, help="number of GPUs the dry run plans for (default: WORLD_SIZE or 1)")
+    train.add_argument("--ranks", type=_count, help="number of GPUs the dry run plans for (default: WORLD_SIZE or 1)")
+    train.add_argument(
+        "--gpu", help="compare the dry run with a100-80, a100-40, h100, h200 or a number of GiB; exit code 1: too small"
+    )
     train.set_defaults(run=_train)
 
     sft = commands.add_parser("sft", help="supervised warm start on worked solutions; writes RUN_DIR/model")
@@ -178,11 +181,15 @@ def _config(options: argparse.Namespace) -> Config:
 
 def _train(options: argparse.Namespace) -> int:
     config = _config(options)
+    if options.gpu and not options.dry_run:
+        raise ValueError("--gpu compares a dry run with a card; add --dry-run, or leave --gpu away")
     if options.dry_run:
+        from prime_fast.memory.advice import card_bytes
         from prime_fast.views.plan import print_dry_run
 
-        print_dry_run(config, options.ranks or int(os.environ.get("WORLD_SIZE", "1")), Console())
-        return 0
+        card = card_bytes(options.gpu) if options.gpu else None
+        ranks = options.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        return 0 if print_dry_run(config, ranks, Console(), card) else 1
     newest = _prepare_run_dir(config, options.resume)
 
     from prime_fast import preflight

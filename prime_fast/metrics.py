@@ -1,15 +1,14 @@
-"""What a run writes down: seconds per phase, metrics.jsonl, samples.jsonl and one progress line a step."""
+"""What a run writes down: seconds and peak memory per phase, metrics.jsonl, samples.jsonl and one progress line a step."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import resource
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,28 +19,79 @@ ETA_WINDOW = 20  # steps whose mean duration predicts the rest
 
 
 class Phases:
-    """A stopwatch of named phases: `with phases("generate"): ...`, then `phases.seconds()`.
+    """A stopwatch of named phases: `with phases("generate"): ...`, then `phases.seconds()` and `phases.memory()`.
 
     Phases are meant to follow one another; a nested one is counted in its parent too.
     """
 
     def __init__(self) -> None:
         self._total: dict[str, float] = {}
+        self._peak: dict[str, int] = {}
+        self._running: list[str] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self._note_peak()
+        self._running.append(name)
         start = _now()
         try:
             yield
         finally:
             self._total[name] = self._total.get(name, 0.0) + _now() - start
+            self._note_peak()
+            self._running.remove(name)
 
     def seconds(self) -> dict[str, float]:
         """{"seconds/<name>": wall seconds since the last reset}, in the order in which the phases first ran."""
         return {f"seconds/{name}": total for name, total in self._total.items()}
 
+    def memory(self) -> dict[str, float]:
+        """{"memory/<name>": GiB at the phase's peak}: what torch hands out on the GPU, without one the whole process."""
+        return {f"memory/{name}": peak / GIB for name, peak in self._peak.items()}
+
     def reset(self) -> None:
         self._total.clear()
+        self._peak.clear()
+
+    def _note_peak(self) -> None:
+        """The peak since it was last asked for belongs to every phase that was running."""
+        peak = _memory.take()
+        for name in self._running:
+            self._peak[name] = max(peak, self._peak.get(name, 0))
+
+
+class _Memory:
+    """The process's peak memory, asked for again and again: the meters are set back, so the highest is kept here."""
+
+    CLEAR = "/proc/self/clear_refs"  # writing 5 sets the peak resident size back (man proc_pid_clear_refs)
+
+    def __init__(self) -> None:
+        self.highest = 0
+
+    def take(self) -> int:
+        """Bytes at the peak since the last call: GPU memory where there is one, else resident host memory (where the
+        kernel does not let its peak be set back: what is resident now)."""
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            peak = resident("VmHWM" if os.access(self.CLEAR, os.W_OK) else "VmRSS")
+            with suppress(OSError), open(self.CLEAR, "w") as file:
+                file.write("5")
+        self.highest = max(self.highest, peak)
+        return peak
+
+
+def resident(line: str = "VmRSS") -> int:
+    """Bytes of this process in memory, by a line of /proc/self/status: VmRSS now, VmHWM at the peak."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        for name, _, value in (text.partition(":") for text in file):
+            if name == line:
+                return int(value.split()[0]) << 10  # kB
+    raise ValueError(f"/proc/self/status has no line {line}")
+
+
+_memory = _Memory()
 
 
 class MetricsLog:
@@ -125,9 +175,8 @@ def write_samples(run_dir: str | Path, records: list[dict]) -> None:
 
 def peak_gib() -> float:
     """Highest memory in use in this process so far: GPU memory where there is one, else resident host memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    _memory.take()
+    return _memory.highest / GIB
 
 
 def _append(path: Path, records: list[dict]) -> None:

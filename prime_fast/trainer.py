@@ -17,6 +17,7 @@ from prime_fast.engine import checkpoint, distributed
 from prime_fast.engine.batch import Batch, Group
 from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
+from prime_fast.memory import measured
 from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import EngineError, make_engine
@@ -31,6 +32,7 @@ SAMPLES_PER_STEP = 2  # completions written to samples.jsonl
 class Trainer:
     def __init__(self, config: Config, device: torch.device, inputs: preflight.Inputs) -> None:
         self.config, self.device, self.inputs = config, device, inputs
+        self.planned_memory = measured.planned(config, device)
         self.policy = self._engine("policy", config.model.policy, config.policy)
         self.prm = self.reference = None
         if config.uses_prm:
@@ -66,6 +68,9 @@ class Trainer:
                 self._save_what_was_trained(log, step, before)
                 raise
             self._write(log, record)
+            if step == first_step and log is not None:
+                for sentence in measured.beyond(record):
+                    print(sentence, flush=True)
             if last or (config.log.checkpoint_every and step % config.log.checkpoint_every == 0):
                 self.save(step)
 
@@ -304,6 +309,7 @@ class Trainer:
         """Log the record with the seconds since the last one; a checkpoint counts in the step after it."""
         now = time.perf_counter()
         record |= self.phases.seconds() | {"seconds": now - self.last_write}
+        record |= measured.beside(self.phases.memory(), self.planned_memory)
         self.last_write = now
         self.phases.reset()
         if log is not None:

@@ -22,7 +22,7 @@ from prime_fast.trainer import Trainer
 safe_get_full_optimizer_state = deepspeed.utils.safe_get_full_optimizer_state
 HAS_LIBAIO = deepspeed.ops.__compatible_ops__["async_io"]
 
-VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib")
+VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib", "memory")
 EXPECTED = """
 step rollouts outcome groups_kept groups rows surplus response_length truncated reward_timeouts
 prm_loss prm_accuracy prm_pair_accuracy prm_grad_norm process_over_outcome process_reward_mean process_reward_std

@@ -72,7 +72,7 @@ class Engine:
         self.device = device
         self.trains = optimizer is not None
         self.dtype = training_dtype(model, device)
-        settings = _deepspeed_config(role, engine, optimizer, self.dtype)
+        settings = deepspeed_config(role, engine, optimizer, self.dtype)
         lm = load_sharded(path, self.dtype, settings)
         lm.config.use_cache = False
         if model.gradient_checkpointing:
@@ -167,7 +167,7 @@ def load_sharded(path: str, dtype: torch.dtype, settings: dict) -> PreTrainedMod
         del zero3
 
 
-def _deepspeed_config(
+def deepspeed_config(
     role: str, engine: EngineConfig, optimizer: OptimizerConfig | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     if engine.offload == "disk" and not deepspeed.ops.__compatible_ops__["async_io"]:

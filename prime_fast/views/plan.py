@@ -1,76 +1,18 @@
-"""What a run will hold and do, from its configuration alone: model sizes, memory per GPU, passes per step."""
+"""The dry run: model sizes, memory by phase and whether it fits a card, passes per step."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from accelerate import init_empty_weights
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from prime_fast.config import Config
 from prime_fast.data.models import model_config
-from prime_fast.rollout.weights import BUCKET_BYTES
+from prime_fast.memory.advice import apply, mend, more_ranks
+from prime_fast.memory.items import GIB, total
+from prime_fast.memory.plan import Plan, models
+from prime_fast.memory.shapes import shape
 
-GIB = 1 << 30
-HEAD_CHUNK_BYTES = 2 * 4 * (1 << 26)  # one float32 logits chunk of the LM-head op and its gradient
-
-
-def parameter_count(model: PretrainedConfig) -> int:
-    with init_empty_weights():
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model).parameters())
-
-
-class Item(NamedTuple):
-    name: str
-    gib: float  # per rank
-    place: str = "GPU"  # or where engine.offload puts it
-
-
-def memory_plan(config: Config, ranks: int) -> list[Item]:
-    """What each rank holds, for bfloat16 training (float32 where model.dtype says so). Activations are an estimate."""
-    width = 4 if config.model.dtype == "float32" else 2
-    policy = model_config(config.model.policy)
-    sizes = {role: parameter_count(model_config(path)) for role, path in _models(config).items()}
-    rests = {"none": "GPU", "cpu": "host memory", "disk": "disk"}[config.engine.offload]
-    plan = []
-    for role, count in sizes.items():
-        plan.append(Item(f"{role}: parameters, sharded", width * count / ranks, rests))
-        if role == "policy" or (role == "prm" and config.prime.update != "none"):
-            plan.append(Item(f"{role}: gradients, sharded", width * count / ranks, rests))
-            plan.append(Item(f"{role}: float32 master weights and AdamW states, sharded", 12 * count / ranks, rests))
-    plan += [
-        *_rollout_items(config, policy, sizes["policy"], width),
-        Item("one layer gathered, and one prefetched", 2 * width * _layer_parameters(policy)),
-        Item("LM-head chunk of logits, float32", HEAD_CHUNK_BYTES),
-        Item("LM-head weight and its float32 gradient", (width + 4) * policy.vocab_size * policy.hidden_size),
-        Item("activations of one micro-batch (estimate)", _activation_bytes(config, policy, width)),
-    ]
-    return [item._replace(gib=item.gib / GIB) for item in plan]
-
-
-def _rollout_items(config: Config, shape: PretrainedConfig, count: int, width: int) -> list[Item]:
-    """What the rollout engine holds, per engine GPU; vLLM takes what its gpu_memory_utilization allows beyond."""
-    options = config.rollout.vllm
-    if config.rollout.engine == "hf":
-        return [Item("rollout engine: whole model (asleep while training)", width * count)]
-    shards = options.get("tensor_parallel_size", 1)
-    apart = "gpus" in options
-    place = "GPU of its own" if apart else "GPU, while sampling"
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    token = 2 * shape.num_hidden_layers * heads * head_size * width
-    tokens = config.rollout.batch * (config.data.max_prompt + config.rollout.max_response)
-    bucket = options.get("bucket_mib", BUCKET_BYTES >> 20) << 20
-    items = [
-        Item("vLLM: parameters", width * count / shards, place),
-        Item("vLLM: KV cache of rollout.batch full-length sequences", token * tokens / shards, place),
-        Item("weight sync: two buckets", 2 * bucket, "GPU, while syncing"),
-    ]
-    if not apart:
-        items.append(Item("vLLM: parameters, asleep while training", width * count / shards, "host memory"))
-    return items
+NODE = 8  # ranks that share a host
 
 
 def passes_per_step(config: Config) -> list[tuple[str, str, float]]:
@@ -101,68 +43,96 @@ def passes_per_step(config: Config) -> list[tuple[str, str, float]]:
     return rows
 
 
-def print_dry_run(config: Config, ranks: int, console: Console) -> None:
-    models = Table("model", "checkpoint", "parameters", "layers", "hidden", "vocabulary", "context", title="Models")
-    for role, path in _models(config).items():
-        shape = model_config(path)
-        models.add_row(
-            role,
-            path,
-            f"{parameter_count(shape) / 1e9:.3f} B",
-            str(shape.num_hidden_layers),
-            str(shape.hidden_size),
-            str(shape.vocab_size),
-            str(getattr(shape, "max_position_embeddings", "-")),
-        )
-    console.print(models)
-    plan = memory_plan(config, ranks)
-    memory = Table("item", "GiB per rank", "in", title=f"Memory plan, {ranks} ranks")
-    for item in plan:
-        memory.add_row(item.name, f"{item.gib:.2f}", item.place)
-    memory.add_section()
-    for place in dict.fromkeys(item.place for item in plan):
-        memory.add_row("sum", f"{sum(item.gib for item in plan if item.place == place):.2f}", place)
-    shape = model_config(config.model.policy)
-    spared = config.engine.micro_tokens * shape.vocab_size * (2 + 4 + 4) / GIB
-    memory.add_row("not built: logits, their float32 copy and gradient", f"{spared:.2f}", "-")
-    console.print(memory)
-    work = Table("pass", "over", "forward units", title="Passes per step")
-    units = 0.0
-    for name, rows, unit in passes_per_step(config):
-        work.add_row(name, rows, f"{unit:g}")
-        units += unit if rows == "kept responses" else 0
-    work.add_section()
-    work.add_row("sum over kept responses", "", f"{units:g}")
-    console.print(work)
+def print_dry_run(config: Config, ranks: int, console: Console, card: int | None = None) -> bool:
+    """Print what a run on `ranks` GPUs (of `card` bytes each, if given) holds and does; returns whether it fits."""
+    plan = Plan(config, ranks, card)
+    console.print(_models_table(config))
+    console.print(_phases_table(plan))
+    console.print(_items_table(plan))
+    console.print(_passes_table(config))
     r = config.rollout
     console.print(
         f"{r.prompts} prompts x {r.samples} samples, up to {config.data.max_prompt} + {r.max_response} tokens each; "
-        f"micro-batches of {config.engine.micro_tokens} tokens per GPU; {config.steps} steps."
+        f"micro-batches of {config.engine.micro_tokens} tokens per GPU; {config.steps} steps.\n"
+        f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with those that are kept and "
+        "one being written."
     )
+    if card is None:
+        return True
+    for sentence in verdict(plan):
+        console.print(sentence, style="bold" if plan.fits else "bold red")
+    return plan.fits
 
 
-def _models(config: Config) -> dict[str, str]:
-    models = {"policy": config.model.policy}
-    if config.uses_prm:
-        models["prm"] = config.model.prm or config.model.policy
-    if config.uses_reference:
-        models["reference"] = config.model.reference or config.model.policy
-    return models
+def verdict(plan: Plan) -> list[str]:
+    """Sentences: the tightest phase and by how much the run fits its card or not; the setting that mends it."""
+    tightest, held = plan.tightest, plan.rollout.sequences
+    first = f"Tightest phase: {tightest}, {_gib(plan.peaks[tightest])} of {_gib(plan.card)}"
+    lines = [f"{first}: {'fits with' if plan.left >= 0 else 'does not fit, over by'} {_gib(abs(plan.left))}."]
+    if held is not None:
+        lines.append(f"vLLM's KV cache holds {max(0.0, held):.1f} sequences of full length.")
+        if held < 1:
+            lines.append("vLLM refuses to start with room for less than one.")
+    if not plan.fits:
+        lines.append(_advice(plan))
+    return lines
 
 
-def _layer_parameters(shape: PretrainedConfig) -> int:
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    return (parameter_count(shape) - embeddings) // shape.num_hidden_layers
+def _advice(plan: Plan) -> str:
+    change = mend(plan)
+    if change:
+        mended = Plan(apply(plan.config, change), plan.ranks, plan.card)
+        settings = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+        return f"Set {settings}: then {mended.tightest} is the tightest phase and fits with {_gib(mended.left)}."
+    ranks = more_ranks(plan)
+    settings = "No setting mends it (tried memory utilization or rollout.batch, micro_tokens, checkpointing, offload)"
+    return f"{settings}; {f'{ranks} ranks would' if ranks else 'use a model or rows of smaller size'}."
 
 
-def _activation_bytes(config: Config, shape: PretrainedConfig, width: int) -> float:
-    """Saved for backward, per token: a layer's normed inputs, q, k, v, attention output and MLP intermediates."""
-    heads = shape.num_attention_heads
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    projected = (heads + 2 * getattr(shape, "num_key_value_heads", heads)) * head_size
-    layer = 6 * shape.hidden_size + 2 * projected + 4 * shape.intermediate_size
-    if config.model.gradient_checkpointing:
-        per_token = shape.num_hidden_layers * shape.hidden_size + layer
-    else:
-        per_token = shape.num_hidden_layers * layer
-    return config.engine.micro_tokens * per_token * width
+def _models_table(config: Config) -> Table:
+    table = Table("model", "checkpoint", "parameters", "layers", "hidden", "vocabulary", "context", title="Models")
+    for role, path in models(config).items():
+        found = shape(path)
+        context = getattr(model_config(path), "max_position_embeddings", "-")
+        sizes = (f"{found.count / 1e9:.3f} B", found.layers, found.hidden, found.vocabulary, context)
+        table.add_row(role, path, *map(str, sizes))
+    return table
+
+
+def _phases_table(plan: Plan) -> Table:
+    """Peaks in GiB: of a rank's GPU, by holder; of the host for a whole node."""
+    title = f"Memory by phase, GiB: {plan.ranks} ranks" + (f", {_gib(plan.card)} each" if plan.card else "")
+    columns = ["phase", "GPU", "trainer", "engine", "driver", *(["left"] if plan.card else []), "host, a node"]
+    table = Table(*columns, title=title, caption="host: beyond the processes themselves")
+    for phase, items in plan.phases.items():
+        sizes = [plan.peaks[phase], *(total(items, "GPU", holder) for holder in ("trainer", "engine", "driver"))]
+        sizes += [plan.card - plan.peaks[phase]] if plan.card else []
+        table.add_row(phase, *(f"{size / GIB:.2f}" for size in (*sizes, plan.node_host_bytes(phase, NODE))))
+    return table
+
+
+def _items_table(plan: Plan) -> Table:
+    table = Table("item", "GiB per rank", "in", title=f"What the tightest phase holds: {plan.tightest}")
+    for item in sorted(plan.phases[plan.tightest], key=lambda item: (item.where, -item.size)):
+        if item.size >= GIB // 200:
+            table.add_row(item.name, f"{item.size / GIB:.2f}", item.where)
+    table.add_section()
+    policy = plan.states["policy"].shape
+    spared = plan.config.engine.micro_tokens * policy.vocabulary * (plan.dtype.itemsize + 4 + 4)
+    table.add_row("not built: logits, their float32 copy and gradient", f"{spared / GIB:.2f}", "-")
+    return table
+
+
+def _passes_table(config: Config) -> Table:
+    table = Table("pass", "over", "forward units", title="Passes per step")
+    units = 0.0
+    for name, rows, unit in passes_per_step(config):
+        table.add_row(name, rows, f"{unit:g}")
+        units += unit if rows == "kept responses" else 0
+    table.add_section()
+    table.add_row("sum over kept responses", "", f"{units:g}")
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,111 @@
+"""A plan against a card: does it fit, and if not, which setting mends it."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+from prime_fast.config import Config
+from prime_fast.memory.items import GIB
+from prime_fast.memory.plan import Plan
+
+# as torch reports total_memory, which is less than what is printed on the card
+CARDS = {"a100-40": 39.4, "a100-80": 79.1, "h100": 79.1, "h200": 139.7}
+MOST_RANKS = 1024
+GRAIN = 1024  # tokens, of engine.micro_tokens
+
+UTILIZATION = "rollout.vllm.gpu_memory_utilization"
+
+Change = dict[str, Any]  # dotted key -> new value
+
+
+def card_bytes(text: str) -> int:
+    """a100-80 | a100-40 | h100 | h200, or a number of GiB. Raises ValueError for anything else."""
+    gib = CARDS.get(text.lower())
+    if gib is None:
+        try:
+            gib = float(text)
+        except ValueError:
+            gib = 0.0
+    if not 0 < gib < float("inf"):
+        raise ValueError(f"--gpu {text} is not a card known here; give one of {', '.join(CARDS)}, or a number of GiB")
+    return int(gib * GIB)
+
+
+def mend(plan: Plan) -> Change | None:
+    """The mildest change of settings with which the run fits its card: one setting if one will do, the first of
+    `_settings` that does, moved no further than needed. None if all together do not suffice."""
+    settings = _settings(plan)
+    for size in range(1, len(settings) + 1):
+        for chosen in combinations(settings, size):
+            change = {key: settings[key][-1] for key in chosen}
+            if not _fits(plan, change):
+                continue
+            for key in chosen:  # back towards today's value, one setting after another
+                change[key] = next(value for value in settings[key] if _fits(plan, change | {key: value}))
+            return change
+    return None
+
+
+def more_ranks(plan: Plan) -> int | None:
+    """The fewest ranks, doubling today's, on which the run fits as it is."""
+    ranks = plan.ranks * 2
+    while ranks <= MOST_RANKS:
+        if Plan(plan.config, ranks, plan.card, plan.on_gpu).fits:
+            return ranks
+        ranks *= 2
+    return None
+
+
+def apply(config: Config, change: Change) -> Config:
+    tree = config.model_dump()
+    for key, value in change.items():
+        *parents, leaf = key.split(".")
+        section = tree
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    return Config.model_validate(tree)
+
+
+def _fits(plan: Plan, change: Change) -> bool:
+    return Plan(apply(plan.config, change), plan.ranks, plan.card, plan.on_gpu).fits
+
+
+def _settings(plan: Plan) -> dict[str, list[Any]]:
+    """Values to try, nearest to today's first, by the price: a smaller cache or batch and smaller packs cost a little
+    speed, checkpointing a forward, offloading the transfer of every parameter and an optimizer step on the host."""
+    config, settings = plan.config, {}
+    if config.rollout.engine == "hf":
+        settings["rollout.batch"] = _halves(config.rollout.batch, config.rollout.samples)
+    elif not plan.rollout.apart:
+        settings[UTILIZATION] = _utilizations(plan)
+    longest = -(-(config.data.max_prompt + config.rollout.max_response) // GRAIN) * GRAIN
+    settings["engine.micro_tokens"] = list(
+        range((config.engine.micro_tokens - 1) // GRAIN * GRAIN, longest - 1, -GRAIN)
+    )
+    if not config.model.gradient_checkpointing:
+        settings["model.gradient_checkpointing"] = [True]
+    if config.engine.offload == "none":
+        settings["engine.offload"] = ["cpu"]
+    return {key: values for key, values in settings.items() if values}
+
+
+def _utilizations(plan: Plan) -> list[float]:
+    """In steps of 5%: smaller ones that still leave room for a sequence, or the next that does where today's does not."""
+
+    def holds(value: float) -> bool:
+        return Plan(apply(plan.config, {UTILIZATION: value}), plan.ranks, plan.card).rollout.sequences >= 1
+
+    grid = [step / 20 for step in range(2, 20)]
+    if plan.rollout.sequences < 1:
+        return [value for value in grid if value > plan.rollout.utilization and holds(value)][:1]
+    return [value for value in reversed(grid) if value < plan.rollout.utilization and holds(value)]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    values = []
+    while value // 2 >= least:
+        value //= 2
+        values.append(value)
+    return values

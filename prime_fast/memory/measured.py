@@ -1,0 +1,44 @@
+"""The plan beside what was measured, so that it can be wrong only once."""
+
+from __future__ import annotations
+
+import torch
+
+from prime_fast.config import Config
+from prime_fast.engine import distributed
+from prime_fast.memory.items import GIB
+from prime_fast.memory.plan import Plan
+from prime_fast.metrics import resident
+
+MEASURED, PLANNED = "memory/", "memory_plan/"
+SHARE, LEAST = 0.1, 0.5  # a peak beyond the plan is worth a sentence from this share of it, and this many GiB, on
+
+
+def planned(config: Config, device: torch.device) -> dict[str, float]:
+    """{"memory_plan/<phase>": GiB} of the trainer itself on this machine. On a CPU beside what the process holds now."""
+    on_gpu = device.type == "cuda"
+    card = torch.cuda.mem_get_info(device)[1] if on_gpu else None
+    start = 0 if on_gpu else resident()
+    peaks = Plan(config, distributed.world_size(), card, on_gpu).trainer_peaks()
+    return {PLANNED + phase: (start + peak) / GIB for phase, peak in peaks.items()}
+
+
+def beside(measured: dict[str, float], plan: dict[str, float]) -> dict[str, float]:
+    """The phases that ran, as measured (the most of any rank; every rank calls) and as planned."""
+    ranks = distributed.gather_lists([measured])
+    peaks = {name: max(rank.get(name, 0.0) for rank in ranks) for name in measured}
+    return peaks | {name: gib for name, gib in plan.items() if name.replace(PLANNED, MEASURED) in peaks}
+
+
+def beyond(record: dict[str, float]) -> list[str]:
+    """A sentence for every phase of the record that took notably more than planned."""
+    sentences = []
+    for name, plan in record.items():
+        phase = name.removeprefix(PLANNED)
+        peak = record.get(MEASURED + phase, 0.0)
+        if phase != name and peak > plan + max(SHARE * plan, LEAST):
+            sentences.append(
+                f"memory: {phase} took {peak:.1f} GiB at its peak, {peak / plan - 1:.0%} more than the {plan:.1f} GiB that "
+                "were planned; leave that much more room, and please report it"
+            )
+    return sentences

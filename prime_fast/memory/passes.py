@@ -1,0 +1,83 @@
+"""What one packed micro-batch takes beyond the states: activations, and the LM head's buffers.
+
+Tested against what autograd saves in a real model. Sizes are for packs as full as engine.micro_tokens allows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from prime_fast.memory.items import Item
+from prime_fast.memory.shapes import Shape
+from prime_kernels.linear_fused import Head
+
+
+def saved_by_layer(shape: Shape, width: int) -> int:
+    """Bytes a token that a decoder layer keeps for its backward: of each norm its input in float32, the normed input and
+    the output; queries, keys and values with the heads repeated, the attention's output (and the copy of it that enters
+    o_proj), a float32 log-sum-exp a head; gate, its activation, up, their product."""
+    norms = 2 * (shape.hidden * (4 + 2 * width) + 4)
+    queries = shape.normed_heads * (shape.head_size * (4 + width) + 4)
+    attention = shape.heads * (5 * shape.head_size * width + 4)
+    return norms + queries + attention + 4 * shape.intermediate * width
+
+
+def saved(shape: Shape, width: int, checkpointing: bool) -> int:
+    """Bytes a token that the whole model keeps until its backward begins."""
+    layer = shape.hidden * width if checkpointing else saved_by_layer(shape, width)
+    last_norm = shape.hidden * (4 + width) + 4
+    rotation = 0 if checkpointing else 2 * shape.head_size * width
+    return shape.layers * layer + last_norm + rotation
+
+
+def working(shape: Shape, width: int) -> int:
+    """Bytes a token inside a layer, forward or backward: four tensors of the MLP, the residual stream and a norm."""
+    return 4 * shape.intermediate * width + shape.hidden * (2 * width + 8)
+
+
+@cache
+def head_buffers(shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, backward: bool) -> int:
+    """Bytes that prime_kernels.linear_fused.Head allocates, counted from a real one on the meta device."""
+    if on_gpu:
+        from prime_kernels.linear_loss_triton import Rows
+    else:
+        from prime_kernels.linear_cpu import Rows
+    hidden = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
+    weight = torch.empty(shape.vocabulary, shape.hidden, dtype=dtype, device="meta")
+    head = Head(Rows, hidden, weight, None, 1.0, None, (backward, backward, False))
+    given = {id(hidden), id(weight)}
+    made = {id(x): x.nbytes for x in vars(head).values() if isinstance(x, torch.Tensor) and id(x) not in given}
+    rows = min(tokens, head.kernel.chunk_rows) if backward else 0
+    scaled = rows * shape.hidden * (4 + dtype.itemsize)  # a chunk's dX in float32, its hidden states scaled (prm_loss)
+    return sum(made.values()) + scaled
+
+
+def scoring(role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool) -> list[list[Item]]:
+    """The moments of a forward without gradients: in a layer, in the LM head."""
+    width = dtype.itemsize
+    stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
+    layer = Item(f"{role}: inside a layer", tokens * working(shape, width))
+    head = Item(f"{role}: LM-head buffers", head_buffers(shape, tokens, dtype, on_gpu, backward=False))
+    return [[stream, layer], [stream, head]]
+
+
+def training(
+    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, checkpointing: bool
+) -> dict[str, list[Item]]:
+    """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding."""
+    width = dtype.itemsize
+    kept = Item(f"{role}: activations", tokens * saved(shape, width, checkpointing))
+    stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
+    head = Item(f"{role}: LM-head buffers", head_buffers(shape, tokens, dtype, on_gpu, backward=True))
+    # the gradients that the forward made, and backward's scaled copies of them (linear_loss.py _scaled)
+    gradients = Item(f"{role}: LM-head gradients", 2 * width * (shape.head + tokens * shape.hidden))
+    layer = tokens * (working(shape, width) + (saved_by_layer(shape, width) if checkpointing else 0))
+    tied = Item(f"{role}: tied LM-head gradient", width * shape.head if shape.tied else 0)
+    return {
+        "head": [kept, stream, head],
+        "head backward": [kept, stream, gradients],
+        "layer backward": [kept, Item(f"{role}: inside a layer", layer), tied],
+        "embedding backward": [tied, Item(f"{role}: embedding gradient", width * shape.head)],
+    }

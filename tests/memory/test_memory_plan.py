@@ -1,0 +1,215 @@
+"""Every phase counts what it must, against numbers from gpu reviews of the same configuration; plans are monotone."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from prime_fast.config import load_config
+from prime_fast.memory import states
+from prime_fast.memory.advice import CARDS, UTILIZATION, apply, card_bytes, mend, more_ranks
+from prime_fast.memory.items import GIB, pinned, total
+from prime_fast.memory.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = {  # config: (shape, ranks)
+    "eurus2-7b-8xa100": ("qwen2.5-math-7b", 8),
+    "qwen2.5-1.5b-1xa100": ("qwen2.5-1.5b", 1),
+}
+A100 = card_bytes("a100-80")
+
+
+def shipped(name, *overrides):
+    return load_config(
+        ROOT / "configs" / f"{name}.yaml", [f"model.policy={ROOT}/configs/shapes/{SHIPPED[name][0]}", *overrides]
+    )
+
+
+def seven(*overrides, ranks=8, card=A100):
+    return Plan(shipped("eurus2-7b-8xa100", *overrides), ranks, card)
+
+
+def gib(plan, phase, name, where="GPU"):
+    return sum(item.size for item in plan.phases[phase] if item.name.endswith(name) and item.where == where) / GIB
+
+
+@pytest.mark.parametrize("summed_in", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_configurations_fit_their_card(name, summed_in, monkeypatch):
+    """Whichever dtype gradients are summed in."""
+    config = states.deepspeed_config
+    more = {"data_types": {"grad_accum_dtype": summed_in}}
+    monkeypatch.setattr(states, "deepspeed_config", lambda *arguments: config(*arguments) | more)
+    plan = Plan(shipped(name), SHIPPED[name][1], A100)
+    assert plan.config.rollout.engine == "vllm"
+    assert plan.fits and plan.left > GIB and plan.rollout.sequences > 32
+    assert mend(Plan(plan.config, plan.ranks, plan.card // 2)) is not None
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "expected"),
+    [
+        ("policy", "reduce bucket", 2 * 0.93),  # of policy and PRM: 5e8 bfloat16 elements each
+        ("policy step", "flat float32 gradient", 3.5 + 1.8),
+        ("policy step", "gradients", 2 * 1.77),
+        ("prm", "activations", 3.39),
+        ("policy", "gathered parameters", 1.86),  # stage3_max_live_parameters
+        ("generate", "weights, graphs and KV cache", 0.45 * 79.1),
+        ("generate", "CUDA context", 1.2),  # the trainer's and vLLM's
+        ("policy", "CUDA graphs", 1.0),  # of the sleeping engine
+        ("policy", "NCCL", 1.0),
+        ("sync", "weights", 2 * 3.55 + 14.19),  # float32 ones of two engines, and vLLM's
+        ("sync", "weight-sync buckets", 2 * 0.5 + 2 * 1.02),  # the head and the embedding exceed a bucket
+        ("sync", "gathered for export", 1.02),
+    ],
+)
+def test_what_the_published_run_holds(phase, name, expected):
+    assert gib(seven(), phase, name) == pytest.approx(expected, rel=0.01)
+
+
+def test_without_checkpointing_the_head_comes_on_top_of_all_activations():
+    plan = seven("model.gradient_checkpointing=false")
+    assert gib(plan, "prm", "activations") == pytest.approx(104.95, rel=0.01)
+    buffers = 1.74 + 2.03 + 0.11 + 0.08  # logits and dlogits, dW, dX, rows scaled
+    assert gib(plan, "prm", "LM-head buffers") == pytest.approx(buffers, rel=0.01)
+
+
+def test_what_it_holds_beside_the_gpus():
+    plan = seven()
+    assert gib(plan, "policy", "asleep", "host") == pytest.approx(26.75, abs=0.05)  # of 14.2 GiB of weights
+    assert plan.node_host_bytes("policy", 8) / GIB == pytest.approx(214, abs=0.5)
+    assert plan.node_host_bytes("checkpoint", 8) / GIB == pytest.approx(7 * 3.55 + 14.19, abs=0.1)
+    assert plan.checkpoint_bytes == pytest.approx(213e9, rel=0.005)
+    assert plan.kept_bytes == pytest.approx(640e9, rel=0.005)
+
+
+def test_the_embedded_engine_holds_its_cache_and_sleeps_on_the_host():
+    plan = seven("rollout.engine=hf", "rollout.batch=32")
+    assert gib(plan, "generate", "KV cache") == pytest.approx(32 * 4096 * 28 * 2 * 4 * 128 * 2 / GIB)
+    assert gib(plan, "generate", "keys and values again") > 1  # repeated from 4 to 28 heads
+    assert gib(plan, "policy", "whole model, asleep", "host") == pytest.approx(14.19, rel=0.01)
+    assert gib(plan, "sync", "whole model") == pytest.approx(14.19, rel=0.01)
+    assert "weight-sync buckets" not in " ".join(item.name for item in plan.phases["sync"])
+
+
+def test_engines_apart_leave_the_trainers_gpu_alone():
+    plan = seven("rollout.vllm={gpus: [6, 7]}")
+    assert total(plan.phases["generate"], "GPU", "engine") == 0
+    assert total(plan.phases["generate"], "engine's GPU") == int(0.9 * A100)
+    assert plan.peaks["generate"] < seven().peaks["generate"] - 30 * GIB
+
+
+def test_phases_are_those_that_run():
+    assert list(seven().phases) == [
+        *("load", "resume", "generate", "reference", "prm", "prm step"),
+        *("old_logprobs", "policy", "policy step", "sync", "checkpoint"),
+    ]
+    alone = seven("prime.process_weight=0", "rollout.old_logprobs=engine").phases
+    assert list(alone) == ["load", "resume", "generate", "policy", "policy step", "sync", "checkpoint"]
+    scored = seven("prime.update=none", "model.prm=" + seven().config.model.policy)
+    assert "prm" in scored.phases and "prm step" not in scored.phases
+    assert scored.checkpoint_bytes * 2 == seven().checkpoint_bytes
+    assert "reference" in seven("prime.reference=policy", "rollout.old_logprobs=recompute").phases
+
+
+def test_without_a_card_vllm_takes_what_its_batch_needs():
+    plan = seven(card=None)
+    assert plan.rollout.sequences is None
+    assert gib(plan, "generate", "KV cache") > 256 * 4096 * 57344 / GIB
+
+
+def test_a_lone_rank_gathers_nothing_unless_it_offloads():
+    assert gib(seven(ranks=1), "policy", "gathered parameters") == gib(seven(ranks=1), "sync", "for export") == 0
+    assert gib(seven("engine.offload=cpu", ranks=1), "policy", "gathered parameters") == pytest.approx(1.86, rel=0.01)
+
+
+def test_powers_of_two():
+    assert [pinned(size) for size in (0, 1, 4096, 4097, 1 << 30)] == [0, 1, 4096, 8192, 1 << 30]
+
+
+def drawn(rng):
+    """A configuration that nobody thought of."""
+    longest = rng.choice([2048, 4096, 8192])
+    overrides = [
+        f"data.max_prompt={longest // 4}",
+        f"rollout.max_response={longest - longest // 4}",
+        f"engine.micro_tokens={longest * rng.randint(1, 8)}",
+        f"engine.offload={rng.choice(['none', 'none', 'cpu'])}",
+        f"model.gradient_checkpointing={rng.choice(['true', 'false'])}",
+        f"rollout.batch={rng.choice([16, 64, 256])}",
+        f"prime.process_weight={rng.choice([0, 1])}",
+        f"rollout.vllm={{gpu_memory_utilization: {rng.choice([0.1, 0.3, 0.5, 0.8])}}}",
+        f"rollout.engine={rng.choice(['hf', 'vllm'])}",
+    ]
+    return shipped(rng.choice(list(SHIPPED)), *overrides)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_grow_with_what_they_hold(seed):
+    rng = random.Random(seed)
+    config, ranks, card = drawn(rng), rng.choice([2, 4, 8, 16]), rng.choice(list(CARDS.values())) * GIB
+    plan = Plan(config, ranks, int(card))
+
+    def grows(changed, phases=plan.phases):
+        assert all(changed.peaks[phase] >= plan.peaks[phase] for phase in phases)
+
+    grows(Plan(apply(config, {"engine.micro_tokens": 2 * config.engine.micro_tokens}), ranks, int(card)))
+    grows(Plan(apply(config, {"rollout.batch": 2 * config.rollout.batch}), ranks, int(card)))
+    grows(Plan(apply(config, {"model.gradient_checkpointing": False}), ranks, int(card)))
+    grows(Plan(apply(config, {"engine.offload": "none"}), ranks, int(card)))
+    grows(Plan(apply(config, {"rollout.vllm.gpu_memory_utilization": 0.9}), ranks, int(card)))
+    grows(Plan(config, ranks, int(card * 1.5)))  # vLLM takes a share of the card
+    # half the ranks hold twice the states each; the self-check at load is one pack of the rows of every engine
+    grows(Plan(config, ranks // 2 if ranks > 2 else ranks, int(card)), set(plan.phases) - {"load"})
+    for items in plan.phases.values():
+        assert all(item.size >= 0 for item in items) and len({item.name for item in items}) == len(items)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_advice_is_right_and_mild(seed):
+    """Applying it makes the run fit, every setting of it is needed, and none could have moved one step less."""
+    rng = random.Random(100 + seed)
+    config, ranks, card = drawn(rng), rng.choice([1, 2, 4, 8]), int(rng.choice(list(CARDS.values())) * GIB)
+    while Plan(config, ranks, card).fits:
+        card = int(0.9 * card)
+    change = mend(Plan(config, ranks, card))
+    if change is None:
+        more = more_ranks(Plan(config, ranks, card))
+        assert more is None or (Plan(config, more, card).fits and not Plan(config, more // 2, card).fits)
+        return
+
+    def fits(changed):
+        return Plan(apply(config, changed), ranks, card).fits
+
+    assert fits(change)
+    now = {"engine.micro_tokens": config.engine.micro_tokens, "rollout.batch": config.rollout.batch}
+    now[UTILIZATION] = config.rollout.vllm["gpu_memory_utilization"]
+    for key, value in change.items():
+        assert not fits({other: given for other, given in change.items() if other != key}), f"{key} was not needed"
+        if key in now and value < now[key]:
+            less = value * 2 if key == "rollout.batch" else value + {UTILIZATION: 0.05}.get(key, 1024)
+            assert less >= now[key] or not fits(change | {key: less}), f"{key} went too far"
+
+
+def test_some_advice():
+    """One example of each kind."""
+    roomy = card_bytes("a100-80")
+    assert set(mend(seven(f"{UTILIZATION}=0.6"))) == {UTILIZATION}
+    assert set(mend(seven(f"{UTILIZATION}=0.15"))) == {UTILIZATION}  # vLLM would not start: it goes up
+    assert set(mend(seven("engine.micro_tokens=131072"))) == {"engine.micro_tokens"}
+    assert set(mend(seven("rollout.engine=hf"))) == {"rollout.batch"}
+    assert set(mend(seven(card=card_bytes("a100-40")))) == {"engine.offload"}
+    activations = ("model.gradient_checkpointing=false", "data.max_prompt=1024", "rollout.max_response=31744")
+    assert set(mend(seven(*activations, "engine.micro_tokens=32768"))) == {"model.gradient_checkpointing"}
+    assert mend(seven(card=roomy // 8)) is None
+
+
+@pytest.mark.parametrize("text", ["v100", "0", "-80", "nan", "inf", "", "80GB"])
+def test_a_card_that_is_none(text):
+    with pytest.raises(ValueError, match="is not a card known here; give one of a100-40"):
+        card_bytes(text)
+
+
+def test_cards():
+    assert card_bytes("H200") > card_bytes("h100") > card_bytes("a100-40") > 0
+    assert card_bytes("48") == 48 * GIB and card_bytes("23.5") == int(23.5 * GIB)
