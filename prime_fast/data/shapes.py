@@ -48,7 +48,7 @@ def normalise(row: Any, shape: str) -> dict:
     truth = _reward_model(row) if shape == "verl" else _truth(row, shape, worked)
     made = dict.fromkeys(COLUMNS) | {"data_source": row.get("datasource")} | row | truth | {"prompt": prompt}
     added = [key for key in made if key not in row]
-    return made | ({ADDED: added} if added else {})
+    return made | ({ADDED: added} if added or ADDED in row else {})
 
 
 def decoded(value: Any) -> Any:
