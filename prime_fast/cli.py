@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
-from prime_fast.config import Config, RewardConfig, RolloutConfig, load_config, save_config
+from prime_fast.config import Config, DataConfig, RewardConfig, RolloutConfig, load_config, save_config
 from prime_fast.rewards.pool import SANDBOXES
 
 if TYPE_CHECKING:
@@ -130,6 +130,9 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, help="of the samples (default: 1; --preset paper: 0.3)")
     command.add_argument("--max-response", type=_count, metavar="N", help="tokens (default: 3072, or the preset's)")
     command.add_argument("--limit", type=_count, metavar="N", help="only the first N rows of each file")
+    templates = get_args(DataConfig.model_fields["template"].annotation)
+    command.add_argument("--template", choices=templates, default=templates[0], help="as data.template in training")
+    command.add_argument("--template-args", type=_json_object, default={}, metavar="JSON", help="of the chat template")
     command.add_argument("--preset", choices=["paper"], help="4096 tokens; 8192 for MATH-500, LeetCode, LiveCodeBench")
     command.add_argument(
         "--prm", help="best-of-n of the samples by this implicit PRM (a run_dir or checkpoint will do)"
@@ -154,6 +157,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object such as {{"enable_thinking": false}}')
+    return value
 
 
 def _takes_reward(command: argparse.ArgumentParser) -> None:

@@ -34,6 +34,10 @@ class DataConfig(Section):
     eval_rows: Positive = 256
     max_prompt: Positive = 1024  # tokens; longer prompts are dropped and counted
     drop: list[Literal["broken", "duplicates"]] = []  # rows to leave out and count; a broken row is else an error
+    # chat: the tokenizer's chat template | raw: prompts as they stand | auto: raw for texts in `prompt` and for
+    # tokenizers without a chat template, else chat
+    template: Literal["auto", "raw", "chat"] = "auto"
+    template_args: dict[str, Any] = {}  # of the chat template, e.g. {enable_thinking: false}
 
 
 class RolloutConfig(Section):

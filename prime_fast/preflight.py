@@ -17,6 +17,7 @@ from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch, Group
 from prime_fast.engine.model import longest_row
 from prime_fast.engine.zero import Engine
+from prime_fast.rewards import row_check
 from prime_fast.rollout import Request
 from prime_fast.rollout.fleet import Fleet
 
@@ -48,12 +49,19 @@ def load_inputs(config: Config) -> Inputs:
             _check_same_vocabulary(tokenizer, model, key, path)
     if not config.data.train:
         raise ValueError("data.train is empty; give the path of a .jsonl or .parquet file of rows")
-    options = {"max_prompt_tokens": config.data.max_prompt, "drop": config.data.drop}
-    train, held_out = load_rows(config.data.train, tokenizer, **options), None
+    options = {
+        "max_prompt_tokens": config.data.max_prompt,
+        "drop": config.data.drop,
+        "template": config.data.template,
+        "template_args": config.data.template_args,
+        "check": row_check(config.reward.function),
+    }
+    held_out = None
     if config.data.eval:
         held_out = load_rows(config.data.eval, tokenizer, limit=config.data.eval_rows, **options)
+    train = load_rows(config.data.train, tokenizer, **options)
     if distributed.rank() == 0:
-        print(train)
+        print(f"train: {train}" + (f"\neval: {held_out}" if held_out else ""))
     return Inputs(tokenizer, eos_ids(config.model.policy, tokenizer), train, held_out)
 
 

@@ -1,21 +1,19 @@
-"""Prompts and demonstrations for training: rows tokenised once, kept on disk, read as needed.
-
-Rows of any shape in `sources` are taken; here they have the verl / Eurus-2 shape, of which only `prompt` and
-`reward_model.ground_truth` are required (not even that in trl rows without such a column).
-"""
+"""Prompts and demonstrations for training: rows tokenised once, kept on disk, read as needed."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 
 from prime_fast.data import sources
+from prime_fast.data.shapes import GSM8K_ANSWER
+from prime_fast.data.template import Template
 
-COLUMNS = ("prompt", "data_source", "ability", "reward_model", "extra_info")
 SCHEMA = pa.schema({"row": pa.string(), "prompt_ids": pa.list_(pa.int32()), "response_ids": pa.list_(pa.int32())})
 DROPS = ("broken", "duplicates")
 
@@ -24,15 +22,15 @@ class Rows:
     """Tokenised rows in a memory-mapped file: `len(rows)`, and `rows[i]`, a dict with token ids as lists of int.
 
     A row has every key it had in its file, those of the verl shape (None if the file has none), and its token ids.
-    source: the files they came from; shape: "verl", "trl" or "openrlhf" for each. dropped, broken, duplicates: how many
-    rows were left out for being too long, and for the two reasons of `drop`.
+    source: the files they came from; shape: that of each (`shapes`). dropped, broken, duplicates: how many rows were
+    left out for being too long, and for the two reasons of `drop`; raw: how many stand without a chat template.
     """
 
     def __init__(
-        self, table: pa.Table, source: list[str], shape: list[str], dropped: int, broken: int, duplicates: int
+        self, table: pa.Table, source: list[str], shape: list[str], dropped: int, broken: int, duplicates: int, raw: int
     ):
         self._table, self.source, self.shape = table, source, shape
-        self.dropped, self.broken, self.duplicates = dropped, broken, duplicates
+        self.dropped, self.broken, self.duplicates, self.raw = dropped, broken, duplicates, raw
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -48,18 +46,29 @@ class Rows:
         """`1319 rows of test.jsonl (verl shape), 2 too long`."""
         files = ", ".join(f"{name} ({shape} shape)" for name, shape in zip(self.source, self.shape, strict=True))
         left = {"too long": self.dropped, "broken": self.broken, "duplicates": self.duplicates}
+        left |= {"without a chat template": self.raw}
         return f"{len(self)} rows of {files}" + "".join(f", {count} {why}" for why, count in left.items() if count)
 
 
 def load_rows(
-    paths, tokenizer, *, max_prompt_tokens: int, limit: int | None = None, drop: Collection[str] = ()
+    paths,
+    tokenizer,
+    *,
+    max_prompt_tokens: int,
+    limit: int | None = None,
+    drop: Collection[str] = (),
+    template: str = "auto",
+    template_args: dict[str, Any] | None = None,
+    check: Callable[[dict], None] | None = None,
 ) -> Rows:
-    """Prompts for rollouts: rows of the verl shape with `prompt_ids`, the chat template applied to the prompt.
+    """Prompts for rollouts: rows with `prompt_ids`; `prompt` is a text where it stands raw or its file has one.
 
     paths: one or several .jsonl, .json or .parquet files or hub datasets (`sources.read`).
-    tokenizer: a Hugging Face tokenizer with a chat template; a prompt that is a text is one message of the user.
+    tokenizer: a Hugging Face tokenizer. template, template_args: the mode and arguments of a `Template`.
     max_prompt_tokens: longer prompts are dropped and counted. limit: at most that many rows are kept.
     drop: any of "broken" (rows that would be an error) and "duplicates" (rows of the same tokens as an earlier one).
+    check: raises ValueError, a sentence without its subject, for a row that is of no use (`rewards.row_check`). Without
+        a limit, all rows of all files are read and checked before the first is tokenised.
 
     Big files are tokenised once for all processes and runs, into a cache: PRIME_FAST_CACHE, or ~/.cache/prime-fast.
 
@@ -67,11 +76,13 @@ def load_rows(
     nothing is left, FileNotFoundError.
     """
 
-    def prepare(where, row):
-        if "reward_model" in row and (row["reward_model"] or {}).get("ground_truth") in (None, ""):
-            raise ValueError(f"{where} has no reward_model.ground_truth")
+    def prepare(row):
+        if check:
+            check(row)
 
-    return _load(paths, tokenizer, prepare, [], max_prompt_tokens, limit, drop, "data.max_prompt")
+    checked_by = [repr(check), *sources.source_of(sys.modules[check.__module__].__file__)] if check else []
+    how = Template(tokenizer, template, template_args)
+    return _load(paths, how, prepare, checked_by, max_prompt_tokens, limit, drop, "data.max_prompt")
 
 
 def load_demonstrations(
@@ -83,6 +94,8 @@ def load_demonstrations(
     solution: str = "extra_info.solution",
     limit: int | None = None,
     drop: Collection[str] = (),
+    template: str = "auto",
+    template_args: dict[str, Any] | None = None,
 ) -> Rows:
     r"""Demonstrations for supervised training: rows with `prompt_ids` and `response_ids`, which ends in the EOS token.
 
@@ -91,31 +104,32 @@ def load_demonstrations(
         `#### x`: "{reasoning}\n\\boxed{{{ground_truth}}}" makes them agree.
     solution: dotted path of the worked solution in a row; a row without it may have a string `response` instead.
     max_tokens: of prompt and response together; longer rows are dropped and counted.
-    Files, `limit`, `drop` and errors as in `load_rows`.
+    Everything else as in `load_rows`.
     """
 
-    def prepare(where, row):
+    def prepare(row):
         text = row
         for key in solution.split("."):
             text = text.get(key) if isinstance(text, dict) else None
         text = text if text is not None else row.get("response")
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{where} has no {solution} (and no response)")
-        values = {"solution": text, "reasoning": sources.GSM8K_ANSWER.sub("", text)}
+            raise ValueError(f"has no {solution} (and no response)")
+        values = {"solution": text, "reasoning": GSM8K_ANSWER.sub("", text)}
         if (truth := (row.get("reward_model") or {}).get("ground_truth")) is not None:
             values["ground_truth"] = truth
         try:
             return response.format(**values)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{where}: response template {response!r} cannot be filled ({error!r}); it may use {sorted(values)}, "
-                "and braces meant literally are doubled"
+                f"has nothing for the response template {response!r}, which cannot be filled ({error!r}); it may use "
+                f"{sorted(values)}, and braces meant literally are doubled"
             ) from None
 
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so a response could not end; set its eos_token")
     remedy = "data.max_prompt or rollout.max_response"
-    return _load(paths, tokenizer, prepare, [response, solution], max_tokens, limit, drop, remedy)
+    how = Template(tokenizer, template, template_args)
+    return _load(paths, how, prepare, [response, solution], max_tokens, limit, drop, remedy)
 
 
 class PromptSampler:
@@ -153,30 +167,43 @@ class PromptSampler:
         return np.random.default_rng([self.seed, self._epoch]).permutation(self.size)
 
 
-def _load(paths, tokenizer, prepare, options, max_tokens: int, limit: int | None, drop, remedy: str) -> Rows:
+def _load(paths, template: Template, prepare, options, max_tokens: int, limit: int | None, drop, remedy: str) -> Rows:
     source = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: take an instruct model's tokenizer, "
-            "or put a chat_template.jinja into its directory"
-        )
     if unknown := set(drop) - set(DROPS):
         raise ValueError(f"rows can be dropped as {' or '.join(DROPS)}, not as {sorted(unknown)}")
-    content = [Path(__file__).read_text("utf-8"), options, max_tokens, limit, sorted(drop)]
-    with sources.place(source, content, tokenizer) as (path, is_there):
+    content = [options, max_tokens, limit, sorted(drop), template.mode, template.arguments]
+    with sources.place(source, content, template.tokenizer) as (path, is_there):
         if not is_there:
+            if limit is None and "broken" not in drop:
+                _check(source, prepare)
             with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-                _write(writer, source, tokenizer, prepare, max_tokens, limit, drop, remedy)
+                _write(writer, source, template, prepare, max_tokens, limit, drop, remedy)
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
         pieces = list(reader.iter_batches_with_custom_metadata())
     counts = json.loads(pieces[-1].custom_metadata["counts"])
     return Rows(pa.Table.from_batches([piece.batch for piece in pieces]), source, **counts)
 
 
-def _write(writer, source, tokenizer, prepare, max_tokens, limit, drop, remedy) -> None:
+def _check(source, prepare) -> None:
+    """A wrong row is told before the minutes that tokenising those before it takes."""
+    for name in source:
+        for where, row in sources.read(name)[1]:
+            _prepare(where, row, prepare)
+
+
+def _prepare(where: str, row: dict | ValueError, prepare) -> str | None:
+    if isinstance(row, ValueError):
+        raise row
+    try:
+        return prepare(row)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+
+
+def _write(writer, source, template: Template, prepare, max_tokens, limit, drop, remedy) -> None:
     """Rows as record batches; the last one, which is empty, says what was left out. What is not token ids is kept as
     JSON text, since Arrow would want the same keys and types of extra_info in every row."""
-    counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0}
+    counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0, "raw": 0}
     kept, too_long, seen = 0, [], set()
     for name in source:
         shape, rows = sources.read(name)
@@ -185,7 +212,7 @@ def _write(writer, source, tokenizer, prepare, max_tokens, limit, drop, remedy) 
             if kept == limit:
                 break
             items = []
-            for item in _tokenise(_prepared(chunk, tokenizer, prepare, drop, counts), tokenizer):
+            for is_raw, item in _tokenised(_prepared(chunk, shape, template, prepare, drop, counts), template):
                 ids = tuple(item["prompt_ids"]), tuple(item.get("response_ids", ()))
                 if kept + len(items) == limit:
                     break
@@ -194,7 +221,9 @@ def _write(writer, source, tokenizer, prepare, max_tokens, limit, drop, remedy) 
                 elif "duplicates" in drop and hash(ids) in seen:
                     counts["duplicates"] += 1
                 else:
-                    seen.add(hash(ids))
+                    if "duplicates" in drop:
+                        seen.add(hash(ids))
+                    counts["raw"] += is_raw
                     items.append(item)
             writer.write_batch(pa.RecordBatch.from_pylist(items, SCHEMA))
             kept += len(items)
@@ -210,39 +239,31 @@ def _write(writer, source, tokenizer, prepare, max_tokens, limit, drop, remedy) 
     writer.write_batch(pa.RecordBatch.from_pylist([], SCHEMA), custom_metadata={"counts": json.dumps(counts)})
 
 
-def _prepared(chunk, tokenizer, prepare, drop, counts) -> Iterator[tuple[dict, str, str | None]]:
-    """(row, rendered prompt, response or None) of the rows that are whole."""
+def _prepared(
+    chunk, shape, template: Template, prepare, drop, counts
+) -> Iterator[tuple[dict, tuple[str, bool], str | None]]:
+    """(row, its prompt as text and whether that is raw, response or None) of the rows that are whole."""
     for where, row in chunk:
         try:
-            if isinstance(row, ValueError):
-                raise row
-            yield row, _render(tokenizer, where, row["prompt"]), prepare(where, row)
+            response = _prepare(where, row, prepare)
+            yield row, _prepare(where, row, lambda row: template.apply(row, shape)), response
         except ValueError:
             if "broken" not in drop:
                 raise
             counts["broken"] += 1
 
 
-def _tokenise(prepared, tokenizer) -> Iterator[dict]:
+def _tokenised(prepared, template: Template) -> Iterator[tuple[bool, dict]]:
     if not (prepared := list(prepared)):
         return
     rows, prompts, responses = zip(*prepared, strict=True)
-    for row, ids, response in zip(
-        rows, tokenizer(prompts, add_special_tokens=False)["input_ids"], responses, strict=True
-    ):
-        item = {"row": json.dumps(dict.fromkeys(COLUMNS) | row, default=str), "prompt_ids": ids}
+    for row, (text, is_raw), ids, response in zip(rows, prompts, template.ids(prompts), responses, strict=True):
+        row = row | {"prompt": text} if is_raw else row
+        item = {"row": json.dumps(row, default=str), "prompt_ids": ids}
         if response is not None:
-            response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-            item["response_ids"] = response_ids + [tokenizer.eos_token_id]
-        yield item
-
-
-def _render(tokenizer, where: str, prompt: str | list[dict]) -> str:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses the prompt: {error}") from None
+            response_ids = template.tokenizer(response, add_special_tokens=False)["input_ids"]
+            item["response_ids"] = response_ids + [template.tokenizer.eos_token_id]
+        yield is_raw, item
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

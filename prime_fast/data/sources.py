@@ -1,11 +1,6 @@
-"""Rows from files and from the Hugging Face hub, of the shapes trainers use, as rows of the verl / Eurus-2 shape.
+"""Rows from files and from the Hugging Face hub, and the cache of what is made of them.
 
-verl      {"data_source", "prompt": [{"role", "content"}], "ability", "reward_model": {"ground_truth"}, "extra_info"}
-trl       {"prompt": text or messages, ...} and no reward_model; the reward gets the other columns by name
-openrlhf  {"input" or another of QUESTIONS: text or messages, "label" or another of TRUTHS}
-
-The first row that has a prompt decides for its file. Rows of the last two keep their keys and gain `reward_model`, from
-the first of TRUTHS that is there (a trl file may have none), and `extra_info.solution` if a solution is worked out.
+The first row that has a prompt decides which of the shapes in `shapes` its file has.
 """
 
 import fcntl
@@ -28,10 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prime_fast.data.shapes import normalise, shape_of, unfilled
+
 READ_ROWS = 256  # rows held as Python objects at a time; the shape is looked for in as many
-QUESTIONS = ("input", "question", "instruction", "problem")
-TRUTHS = ("ground_truth", "label", "answer", "solution")
-GSM8K_ANSWER = re.compile(r"\n####([^\n]*?)\s*\Z")  # ends a worked solution
 HUB_NAME = re.compile(r"(?:hf://([\w.-]+/[\w.-]+)(?:/([\w.-]+))?|([\w.-]+/[\w.-]+))(?::(.+))?")
 CACHE_FROM_BYTES = 16 << 20  # smaller files are tokenised in seconds
 CACHE_DAYS = 14  # what was not used for so long is deleted when something new is written
@@ -40,8 +34,8 @@ Item = tuple[str, dict | ValueError]
 
 
 def read(name: str) -> tuple[str, Iterator[Item]]:
-    """The shape of a file or hub dataset, and its rows in order: (the words for where it stands, the row in the verl
-    shape), with a ValueError in place of a broken row.
+    """The shape of a file or hub dataset, and its rows in order: (the words for where it stands, the row, normalised),
+    with a ValueError in place of a broken row.
 
     name: a .jsonl, .json or .parquet file, or "hf://org/name[/configuration][:split]" (split "train" unless given), or
         "org/name[:split]" where that is no file.
@@ -50,8 +44,8 @@ def read(name: str) -> tuple[str, Iterator[Item]]:
     """
     raw = _open(name)
     head = list(islice(raw, READ_ROWS))
-    shape = next((shape for _, row in head if isinstance(row, dict) and (shape := _shape(row))), "verl")
-    return shape, (_normalise(f"{name}, row {number}", row, shape) for number, row in chain(head, raw))
+    shape = next((shape for _, row in head if isinstance(row, dict) and (shape := shape_of(row))), "verl")
+    return shape, (_normalised(f"{name}, row {number}", row, shape) for number, row in chain(head, raw))
 
 
 @contextmanager
@@ -87,9 +81,14 @@ def _cache_file(content: list, tokenizer) -> Path | None:
         root.mkdir(parents=True, exist_ok=True)
     if backend is None or not os.access(root, os.W_OK):
         return None
-    code = Path(__file__).read_text("utf-8"), version("transformers")
-    key = [content, code, backend.to_str(), tokenizer.chat_template, tokenizer.eos_token_id]
-    return root / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.arrow"
+    key = [content, source_of(__file__), version("transformers"), backend.to_str(), tokenizer.chat_template]
+    key += [tokenizer.eos_token_id, tokenizer.special_tokens_map]
+    return root / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()}.arrow"
+
+
+def source_of(file: str) -> list[str]:
+    """The code of a module and its neighbours."""
+    return [path.read_text("utf-8") for path in sorted(Path(file).parent.glob("*.py"))]
 
 
 @contextmanager
@@ -116,67 +115,19 @@ def _size(name: str) -> int:
     return _hub(name).dataset_size or 0 if _is_hub(name) else _file(name).stat().st_size
 
 
-def _shape(row: dict) -> str | None:
-    if "reward_model" in row:
-        return "verl"
-    if "prompt" in row:
-        return "trl"
-    return "openrlhf" if any(key in row for key in QUESTIONS) else None
-
-
-def _normalise(where: str, row: Any, shape: str) -> Item:
+def _normalised(where: str, row: Any, shape: str) -> Item:
     try:
         if isinstance(row, ValueError):
             raise row
-        if not isinstance(row, dict):
-            raise ValueError(f"is not an object but {type(row).__name__}")
-        if shape == "openrlhf":
-            row = row | {"prompt": _question(row)}
-        _check_prompt(row.get("prompt"), text=shape == "trl")
-        row = {"reward_model": None} | row if shape == "verl" else _with_truth(row, shape)
-        if not isinstance(row.get("reward_model"), dict | None):
-            raise ValueError(f"has a reward_model that is no object but {row['reward_model']!r:.60}")
-        return where, row
+        return where, normalise(row, shape)
     except ValueError as error:
         return where, ValueError(f"{where} {error}")
-
-
-def _question(row: dict) -> list[dict]:
-    found = [key for key in QUESTIONS if row.get(key)]
-    if len(found) != 1:
-        raise ValueError(f"has no prompt in {', '.join(QUESTIONS)}" if not found else f"has two prompts: {found}")
-    value = row[found[0]]
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-
-def _check_prompt(prompt: Any, text: bool) -> None:
-    if not prompt:
-        raise ValueError("has no prompt")
-    messages = [{"role": "user", "content": prompt}] if text and isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        kind = f"{type(prompt).__name__} {prompt!r:.60}"
-        raise ValueError(f'has a prompt that is no list of {{"role", "content"}} messages but {kind}')
-    if any(0xD800 <= ord(character) <= 0xDFFF for m in messages for character in m["role"] + m["content"]):
-        raise ValueError("has a prompt that is not valid Unicode")
-
-
-def _with_truth(row: dict, shape: str) -> dict:
-    if shape == "trl" and not any(key in row for key in TRUTHS):
-        return row
-    truth = next((row[key] for key in TRUTHS if row.get(key) not in (None, "")), None)
-    worked = row.get("solution")
-    if isinstance(truth, str) and (ending := GSM8K_ANSWER.search(truth)):
-        truth, worked = ending.group(1).strip(), truth
-    extra = row.get("extra_info") or ({"solution": worked} if worked else None)
-    return row | {"reward_model": {"style": "rule", "ground_truth": truth}, "extra_info": extra}
 
 
 def _open(name: str) -> Iterator[tuple[int, Any]]:
     if _is_hub(name):
         tables = _hub(name).with_format("arrow").iter(READ_ROWS)
-        return enumerate((row for table in tables for row in table.to_pylist()), 1)
+        return enumerate((unfilled(row) for table in tables for row in table.to_pylist()), 1)
     path = _file(name)
     return READERS[path.suffix](path)
 
@@ -238,7 +189,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         batches = pq.ParquetFile(path, memory_map=True).iter_batches(READ_ROWS)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        yield from enumerate((unfilled(row) for batch in batches for row in batch.to_pylist()), 1)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is not a parquet file, or a damaged one: {reason}") from None

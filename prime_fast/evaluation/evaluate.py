@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from prime_fast.config import Config, ModelConfig, PrimeConfig, RewardConfig, RolloutConfig
+from prime_fast.config import Config, DataConfig, ModelConfig, PrimeConfig, RewardConfig, RolloutConfig
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
 from prime_fast.data.rows import Rows, load_rows
 from prime_fast.engine import distributed
@@ -31,7 +31,7 @@ from prime_fast.engine.checkpoint import latest
 from prime_fast.engine.model import training_dtype
 from prime_fast.evaluation import report
 from prime_fast.evaluation.bestofn import implicit_rewards
-from prime_fast.rewards import RewardPool
+from prime_fast.rewards import RewardPool, row_check
 from prime_fast.rewards.pool import SANDBOXES
 from prime_fast.rollout import Request, RolloutEngine, make_engine
 
@@ -59,6 +59,8 @@ class Settings:
     timeout: float = RewardConfig().timeout
     sandbox: str = SANDBOXES[0]
     preset: str | None = None  # or "paper"
+    template: str = DataConfig().template
+    template_args: dict[str, Any] = field(default_factory=dict)
     prm: str | None = None
     reference: str | None = None
     beta: float = PrimeConfig().beta
@@ -155,7 +157,15 @@ def _problems(settings: Settings, model: str, tokenizer: Any) -> list[Problem]:
     stems = [Path(path).stem for path in settings.data]
     problems = []
     for path, name in zip(settings.data, stems if len(set(stems)) == len(stems) else settings.data, strict=True):
-        rows = load_rows(path, tokenizer, max_prompt_tokens=1 << 30, limit=settings.limit)
+        rows = load_rows(
+            path,
+            tokenizer,
+            max_prompt_tokens=1 << 30,
+            limit=settings.limit,
+            template=settings.template,
+            template_args=settings.template_args,
+            check=row_check(settings.reward),
+        )
         rows = [rows[i] for i in range(len(rows))]
         mixed = len({row["data_source"] for row in rows}) > 1
         for row in rows:
@@ -177,6 +187,7 @@ def _claim(settings: Settings, models: dict[str, str]) -> None:
         "data": [[path, _changed(path)] for path in settings.data],
         "reward": [settings.reward, settings.timeout],
         **{key: getattr(settings, key) for key in ("limit", "max_response", "preset", "seed", "engine")},
+        "template": [settings.template, settings.template_args],
         "samples": [settings.samples, _temperature(settings)] if settings.samples else None,
         "beta": settings.beta if settings.prm else None,
     }

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prime_fast.evaluation.bestofn import answer_of, best_of, majority, pass_at
+from prime_fast.rewards.functions import ability_of
 from prime_fast.views.report import RUN_COLORS, STYLE
 
 Z95 = 1.959964
@@ -101,7 +102,7 @@ def _curves(problems, answers, solved, scores) -> dict[str, Any]:
     curves = {"avg": right.mean(1), "pass": {n: pass_at(right, n) for n in sizes}}
     if scores is not None:
         votes = [
-            [answer_of(response, problem.row["ability"]) for response in record["responses"]]
+            [answer_of(response, ability_of(problem.row)) for response in record["responses"]]
             for problem, record in zip(problems, answers["samples"], strict=True)
         ]
         score = np.array(scores)

@@ -5,12 +5,22 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from prime_fast.data.shapes import ADDED, TRUTHS
 
 ABILITIES = {"math": ("math",), "code": ("code",), "auto": ("math", "code")}  # of the rows each built-in one scores
+ALIASES = {  # what rows call them, in any case
+    **dict.fromkeys(("math", "maths", "mathematics"), "math"),
+    **dict.fromkeys(("code", "coding", "codegen", "programming"), "code"),
+}
+NOT_COLUMNS = ("prompt", "completion", "completion_ids", "prompt_ids", ADDED)  # of a row, for a TRL function
 STRICT = "-strict"
 BUILT_IN = (*ABILITIES, *(name + STRICT for name in ABILITIES))
+OWN_REWARD = 'set the reward to a function of yours, "path/to/file.py:function"'
 SIGNATURES = (
     "verl's compute_score(data_source, solution_str, ground_truth, extra_info) -> float "
     "or TRL's reward(prompts, completions, **columns) -> list of floats"
@@ -39,13 +49,68 @@ def abilities(reward: str) -> tuple[str, ...]:
     return ABILITIES[reward.removesuffix(STRICT)] if reward in BUILT_IN else ()
 
 
+def ability_of(row: dict) -> Any:
+    """A row's ability under its one name; as it is if it is none of ALIASES."""
+    ability = row.get("ability")
+    return ALIASES.get(ability.strip().casefold(), ability) if isinstance(ability, str) else ability
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """Raises ValueError, a sentence without its subject, for a row that a built-in reward cannot score.
+
+    tests: whether the tests of code are read too.
+    """
+
+    reward: str
+    tests: bool = True
+
+    def __call__(self, row: dict) -> None:
+        known = abilities(self.reward)
+        ability = ability_of(row) or known[0]
+        if ability not in known:
+            fix = f'use "{ability}" or "auto"' if ability in ABILITIES["auto"] else OWN_REWARD
+            raise ValueError(f'has ability "{ability}", which reward "{self.reward}" cannot score: {fix}')
+        truth = truth_of(row)
+        if truth is None or (isinstance(truth, str) and not truth.strip()):
+            columns = ", ".join(TRUTHS)
+            raise ValueError(f"has no reward_model.ground_truth (nor a truth in one of the columns {columns})")
+        if ability == "math" and (not isinstance(truth, str | int | float) or _holds_tests(truth)):
+            fix = 'set its ability to "code"' if _holds_tests(truth) else f"give one text or number, or {OWN_REWARD}"
+            raise ValueError(f"has a ground truth that is no answer of mathematics but {truth!r:.60}: {fix}")
+        if ability == "code" and self.tests:
+            from prime_fast.rewards.code import read_task
+
+            try:
+                read_task(truth)
+            except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+                raise ValueError(f"has tests that cannot be run: {error}") from error
+
+
+def row_check(reward: str) -> RowCheck | None:
+    """None for a function of the user's, which takes the rows as they are."""
+    return RowCheck(reward) if reward in BUILT_IN else None
+
+
+def truth_of(row: dict) -> Any:
+    """The ground truth a built-in reward goes by; a list of one stands for its element."""
+    truth = (row.get("reward_model") or {}).get("ground_truth")
+    return truth[0] if isinstance(truth, list) and len(truth) == 1 else truth
+
+
+def _holds_tests(truth: Any) -> bool:
+    return "inputs" in truth or "asserts" in truth if isinstance(truth, dict) else str(truth).lstrip().startswith('{"')
+
+
 def load_reward(reward: str, timeout: float = 10.0, sandbox: str = "namespaces") -> RewardFunction:
     """The named reward as a function of (response, row); BadReward with one clear sentence if there is none.
 
     A verl function may return a dict with a "score". A TRL function is called with lists of length 1: prompts is
-    [row["prompt"]] as it is; completions is [[{"role": "assistant", "content": response}]] if that prompt is a list of
-    messages, else [response]; the columns are the row's other keys and `ground_truth`, each a list of one. Its None
-    ("does not apply") counts as 0.0.
+    [row["prompt"]]; completions is [[{"role": "assistant", "content": response}]] if that prompt is a list of messages,
+    else [response]; and the columns its file has, as TRL does it. If it names `ground_truth`, or the file has a
+    `reward_model`, it gets that too. Its None ("does not apply") counts as 0.0.
+
+    For a row that lacks what it asks for it raises BadReward; any other exception is the user's function's own.
     """
     check_name(reward)
     if reward in BUILT_IN:
@@ -53,7 +118,7 @@ def load_reward(reward: str, timeout: float = 10.0, sandbox: str = "namespaces")
     function = _import(reward)
     names = inspect.signature(function).parameters
     if {"data_source", "solution_str", "ground_truth"} <= set(names):
-        return _verl(function)
+        return _verl(function, reward)
     if "completions" in names:
         return _trl(function, reward)
     raise BadReward(f'reward "{reward}" takes ({", ".join(names)}): it must have {SIGNATURES}')
@@ -76,7 +141,7 @@ def _built_in(reward: str, timeout: float, sandbox: str) -> RewardFunction:
             raise BadReward(str(error)) from error
         graders["code"] = partial(code.grade, seconds=timeout, strict=strict, sandbox=sandbox)
     default = abilities(reward)[0]
-    return lambda response, row: graders[row.get("ability") or default](response, row["reward_model"]["ground_truth"])
+    return lambda response, row: graders[ability_of(row) or default](response, truth_of(row))
 
 
 def _import(reward: str) -> Callable:
@@ -99,34 +164,59 @@ def _import(reward: str) -> Callable:
     return function
 
 
-def _verl(function: Callable) -> RewardFunction:
+def _verl(function: Callable, reward: str) -> RewardFunction:
     accepts = _accepted(function)
 
-    def run(response: str, row: dict) -> float:
-        truth = row["reward_model"]["ground_truth"]
+    def arguments(response: str, row: dict) -> dict:
+        model = row.get("reward_model")
+        if not isinstance(model, dict) or "ground_truth" not in model:
+            raise BadReward(
+                f'reward "{reward}" requires ground_truth, which the rows do not have: give them '
+                f"reward_model.ground_truth or one of the columns {', '.join(TRUTHS)}, or use TRL's signature"
+            )
+        given = {"data_source": row.get("data_source"), "ground_truth": model["ground_truth"]}
         extra = {"extra_info": row.get("extra_info")} if accepts("extra_info") else {}
-        result = function(data_source=row.get("data_source"), solution_str=response, ground_truth=truth, **extra)
-        return result["score"] if isinstance(result, dict) else result
+        return given | extra | {"solution_str": response}
 
-    return run
+    return _calling(function, reward, arguments, lambda result: result["score"] if isinstance(result, dict) else result)
 
 
 def _trl(function: Callable, reward: str) -> RewardFunction:
-    accepts = _accepted(function)
-    parameters = inspect.signature(function).parameters.values()
-    needed = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    accepts, parameters = _accepted(function), inspect.signature(function).parameters
+    optional = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    needed = {name for name, p in parameters.items() if p.default is p.empty and p.kind not in optional}
 
-    def run(response: str, row: dict) -> float:
-        prompt = row["prompt"]
+    def arguments(response: str, row: dict) -> dict:
+        prompt, model = row["prompt"], row.get("reward_model")
+        columns = {key: row[key] for key in row if key not in NOT_COLUMNS and key not in row.get(ADDED, ())}
+        if isinstance(model, dict) and ("ground_truth" in parameters or "reward_model" in columns):
+            columns = {"ground_truth": model.get("ground_truth")} | columns
         completion = response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
-        columns = {"ground_truth": row.get("reward_model", {}).get("ground_truth")} | row
         values = columns | {"prompts": prompt, "completions": completion}
         if missing := sorted(needed - values.keys()):
             raise BadReward(
                 f'reward "{reward}" requires {missing}, which the rows do not have: they have {sorted(columns)}'
             )
-        (result,) = function(**{name: [value] for name, value in values.items() if accepts(name)})
-        return 0.0 if result is None else result
+        return {name: [value] for name, value in values.items() if accepts(name)}
+
+    def outcome(result: list) -> float:
+        (value,) = result
+        return 0.0 if value is None else value
+
+    return _calling(function, reward, arguments, outcome)
+
+
+def _calling(function: Callable, reward: str, arguments: Callable, outcome: Callable) -> RewardFunction:
+    """What goes wrong before the user's function is called is no fault of a sample, so that none may score 0 for it."""
+
+    def run(response: str, row: dict) -> float:
+        try:
+            given = arguments(response, row)
+        except BadReward:
+            raise
+        except Exception as error:
+            raise BadReward(f'reward "{reward}" cannot be given a row: {type(error).__name__}: {error}') from error
+        return outcome(function(**given))
 
     return run
 

@@ -14,7 +14,8 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from prime_fast.rewards.functions import BUILT_IN, abilities, check_name
+from prime_fast.data.shapes import prefill
+from prime_fast.rewards.functions import BUILT_IN, RowCheck, abilities, check_name
 
 MAX_DEFAULT_WORKERS = 16
 START_SECONDS = 120.0  # for a worker to import what it needs; not counted against any sample
@@ -82,7 +83,8 @@ class RewardPool:
             self._guard(self._start_first)
 
     def score(self, responses: list[str], rows: list[dict]) -> list[float]:
-        """The outcome in [0, 1] of each response (text) to its row (verl shape), in order.
+        """The outcome in [0, 1] of each response (text) to its row (verl shape), in order. A built-in reward grades the
+        answer that a prompt begins together with the response that continues it.
 
         Raises ValueError if a row cannot be scored by this reward, or the reward function returns anything but a finite
         number in [0, 1], which the PRM's cross-entropy needs.
@@ -126,6 +128,7 @@ class RewardPool:
 
     def _request(self, response, row):
         if self.reward in BUILT_IN:
+            response = prefill(row) + response
             truth = {"ground_truth": row["reward_model"]["ground_truth"]}
             row = {"ability": row.get("ability"), "reward_model": truth}
         else:
@@ -281,12 +284,9 @@ class _Worker:
 
 
 def _check_rows(rows: list[dict], reward: str) -> None:
-    known = abilities(reward)
+    check = RowCheck(reward, tests=False)
     for index, row in enumerate(rows):
-        ability = row.get("ability") or known[0]
-        if ability not in known:
-            other = 'set the reward to a function of yours, "path/to/file.py:function"'
-            fix = f'use "{ability}" or "auto"' if ability in ("math", "code") else other
-            raise ValueError(f'row {index} has ability "{ability}", which reward "{reward}" cannot score: {fix}')
-        if (row.get("reward_model") or {}).get("ground_truth") is None:
-            raise ValueError(f"row {index} has no reward_model.ground_truth")
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(f"row {index} {error}") from error

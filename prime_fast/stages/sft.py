@@ -31,6 +31,8 @@ def sft(config: Config, device: torch.device, log: MetricsLog | None) -> Path:
         max_tokens=config.data.max_prompt + config.rollout.max_response,
         response=section.response,
         drop=config.data.drop,
+        template=config.data.template,
+        template_args=config.data.template_args,
     )
     if distributed.rank() == 0:
         print(rows)

@@ -92,7 +92,8 @@ class TestRows:
         rows = load_rows(write(mixed), tokenizer, max_prompt_tokens=100)
         for made, original in zip(rows, mixed, strict=True):
             empty = {"data_source": None, "ability": None, "extra_info": None}
-            assert made == empty | original | {"prompt_ids": made["prompt_ids"]}
+            added = [key for key in made if key not in original and key not in ("prompt_ids", "_added")]
+            assert made == empty | original | {"prompt_ids": made["prompt_ids"], "_added": added}
 
     def test_long_prompts_are_dropped_and_counted(self, write, tokenizer):
         path = write([row("x" * 200), row("short"), row("y" * 200), row("brief")])
@@ -159,11 +160,11 @@ class TestRows:
 
     def test_chat_template(self, write, tokenizer, monkeypatch):
         monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no users here') }}")
-        with pytest.raises(ValueError, match="row 1: the chat template refuses the prompt: no users here"):
+        with pytest.raises(ValueError, match="row 1 has a prompt that the chat template refuses: no users here"):
             load_rows(write([row()]), tokenizer, max_prompt_tokens=9)
         monkeypatch.setattr(tokenizer, "chat_template", None)
         with pytest.raises(ValueError, match="has no chat template"):
-            load_rows(write([row()]), tokenizer, max_prompt_tokens=9)
+            load_rows(write([row()]), tokenizer, max_prompt_tokens=9, template="chat")
 
 
 class TestDemonstrations:
@@ -196,7 +197,7 @@ class TestDemonstrations:
         [
             ([row()], {}, "row 1 has no extra_info.solution"),
             ([row(response=4)], {}, "row 1 has no extra_info.solution"),
-            ([row(response="4")], {"response": "{answer}"}, "template '{answer}' cannot be filled"),
+            ([row(response="4")], {"response": "{answer}"}, "template '{answer}', which cannot be filled"),
             ([row(response="4")], {"response": "\\boxed{"}, "cannot be filled"),
         ],
     )

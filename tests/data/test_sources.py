@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import byte_tokenizer, row, write_rows
 
-from prime_fast.data import sources
+from prime_fast.data import shapes, sources
 from prime_fast.data.rows import load_demonstrations, load_rows
+from prime_fast.rewards import row_check
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,13 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("shape", "given_row", "truth"),
         [
-            ("trl", {"prompt": "2+2?", "ground_truth": "4", "level": 3}, "4"),
+            ("trl", {"prompt": [{"role": "user", "content": "2+2?"}], "ground_truth": "4", "level": 3}, "4"),
             ("trl", {"prompt": [{"role": "user", "content": "2+2?"}], "answer": 4}, 4),
-            ("trl", {"prompt": "2+2?", "solution": r"It is \boxed{4}."}, r"It is \boxed{4}."),
-            ("trl", {"prompt": "2+2?", "answer": None, "solution": "4"}, "4"),
+            ("messages", {"messages": row()["prompt"], "solution": r"It is \boxed{4}."}, r"It is \boxed{4}."),
+            ("messages", {"messages": row()["prompt"], "answer": None, "solution": "4"}, "4"),
             ("openrlhf", {"input": "2+2?", "label": "4"}, "4"),
             ("openrlhf", {"input": [{"role": "user", "content": "2+2?"}], "answer": "4"}, "4"),
-            ("openrlhf", {"instruction": "2+2?", "input": "", "answer": "4"}, "4"),
+            ("alpaca", {"instruction": "2+2?", "input": "", "answer": "4"}, "4"),
             ("openrlhf", {"problem": "2+2?", "solution": "2+2 = 4", "answer": "4"}, "4"),
             ("openrlhf", {"question": "2+2?", "answer": "2+2 = 4\n#### 4"}, "4"),
             ("verl", row(), "4"),
@@ -50,6 +51,7 @@ class TestShapes:
     def test_trl_rewards_need_no_truth(self, write, tokenizer):
         rows = load_rows(write([{"prompt": "Be brief.", "words": 7}]), tokenizer, max_prompt_tokens=100)
         assert rows[0]["reward_model"] is None and (rows[0]["prompt"], rows[0]["words"]) == ("Be brief.", 7)
+        assert str(rows).endswith("(trl shape), 1 without a chat template")
 
     def test_worked_solutions_become_demonstrations(self, write, tokenizer):
         path = write([{"question": "2+2?", "answer": "2+2 = 4\n#### 4"}])
@@ -73,7 +75,7 @@ class TestShapes:
             ([{"input": "a"}], "row 1 has no reward_model.ground_truth"),
             (
                 [{"input": "a", "label": 1}, {"label": 1}],
-                "row 2 has no prompt in input, question, instruction, problem",
+                "row 2 has no prompt in context_messages, input, question, problem",
             ),
             ([{"input": "a", "question": "b", "label": 1}], "row 1 has two prompts: .*input.*question"),
             ([{"input": 5, "label": 1}], "row 1 has a prompt that is no list"),
@@ -83,13 +85,13 @@ class TestShapes:
     )
     def test_errors(self, write, tokenizer, rows, message):
         with pytest.raises(ValueError, match=message):
-            load_rows(write(rows), tokenizer, max_prompt_tokens=100)
+            load_rows(write(rows), tokenizer, max_prompt_tokens=100, check=row_check("auto"))
 
 
 class TestDrop:
     def test_broken_rows(self, write, tokenizer):
         path = write([{}, row("a"), "{no\n", row(truth=None), {"prompt": 3}, row("b"), "[]\n"])
-        rows = load_rows(path, tokenizer, max_prompt_tokens=100, drop=["broken"])
+        rows = load_rows(path, tokenizer, max_prompt_tokens=100, drop=["broken"], check=row_check("auto"))
         assert (len(rows), rows.broken, rows.dropped) == (2, 5, 0)
         assert str(rows).endswith("rows.jsonl (verl shape), 5 broken")
         with pytest.raises(ValueError, match="no rows in .* but 256 broken ones"):
@@ -160,11 +162,15 @@ class TestCache:
         load_rows(path, tokenizer, max_prompt_tokens=100)
         before = files()
         assert len(load_rows(path, tokenizer, max_prompt_tokens=100)) == 2 and files() == before
-        for change in ({"max_prompt_tokens": 99}, {"limit": 1}, {"drop": ["duplicates"]}):
-            load_rows(path, tokenizer, **{"max_prompt_tokens": 100} | change)
+        changes = [{"max_prompt_tokens": 99}, {"limit": 1}, {"drop": ["duplicates"]}, {"template": "raw"}]
+        changes += [{"template_args": {"m": 1}}, {"check": row_check("math")}, {"check": row_check("auto")}]
+        for _ in range(2):
+            for change in changes:
+                load_rows(path, tokenizer, **{"max_prompt_tokens": 100} | change)
+            assert len(files()) == 1 + len(changes)
         load_demonstrations(write([row("a", response="b")], "sft.jsonl"), tokenizer, max_tokens=100)
-        assert len(files()) == 5
-        assert len(load_rows(write([row("c")]), tokenizer, max_prompt_tokens=100)) == 1 and len(files()) == 6
+        assert len(load_rows(write([row("c")]), tokenizer, max_prompt_tokens=100)) == 1
+        assert len(files()) == 3 + len(changes)
 
     def test_a_failure_leaves_nothing(self, write, tokenizer, cache):
         with pytest.raises(ValueError, match="row 300 has no prompt"):
@@ -184,7 +190,9 @@ class TestCache:
         assert len(load_rows(write([row()]), tokenizer, max_prompt_tokens=100)) == 1
 
 
-KEYS = st.sampled_from([*sources.QUESTIONS, *sources.TRUTHS, "prompt", "role", "content", "reward_model", "extra_info"])
+ODD = ("messages", "instruction", "history", "system", "tools", "tool_calls", "type", "text", "images", "ability")
+ODD = (*ODD, "prompt", "role", "content", "reward_model", "extra_info")
+KEYS = st.sampled_from([*shapes.QUESTIONS, *shapes.TRUTHS, *ODD])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=3),
