@@ -85,20 +85,28 @@ def extract_program(response: str) -> str:
 
 
 def read_task(ground_truth: str | dict) -> Task:
-    truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
-    if isinstance(truth, dict) and isinstance(truth.get("asserts"), str):
+    truth = read_truth(ground_truth)
+    if "asserts" in truth:
         task = Task(_assert_tests(truth["asserts"]), calls=True)
-    elif isinstance(truth, dict) and isinstance(truth.get("inputs"), list) and isinstance(truth.get("outputs"), list):
-        if len(truth["inputs"]) != len(truth["outputs"]):
-            raise ValueError(f"ground truth has {len(truth['inputs'])} inputs and {len(truth['outputs'])} outputs")
-        pairs, function = list(zip(truth["inputs"], truth["outputs"], strict=True)), truth.get("fn_name")
+    else:
+        pairs, function = zip(truth["inputs"], truth["outputs"], strict=True), truth.get("fn_name")
         make = _call_test if function else _stdin_test
         task = Task([make(*pair) for pair in pairs], calls=bool(function), function=function)
-    else:
-        raise ValueError('the ground truth of code must be {"inputs", "outputs"[, "fn_name"]} or {"asserts"}')
     if not task.tests:
         raise ValueError("the ground truth holds no test")
     return task
+
+
+def read_truth(ground_truth: str | dict) -> dict:
+    """{"inputs", "outputs"[, "fn_name"]} or {"asserts"}, as it is written; ValueError if it is neither."""
+    truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    if isinstance(truth, dict) and isinstance(truth.get("asserts"), str):
+        return {"asserts": truth["asserts"]}
+    if not isinstance(truth, dict) or not all(isinstance(truth.get(key), list) for key in ("inputs", "outputs")):
+        raise ValueError('the ground truth of code must be {"inputs", "outputs"[, "fn_name"]} or {"asserts"}')
+    if len(truth["inputs"]) != len(truth["outputs"]):
+        raise ValueError(f"ground truth has {len(truth['inputs'])} inputs and {len(truth['outputs'])} outputs")
+    return {key: truth.get(key) for key in ("inputs", "outputs", "fn_name")}
 
 
 def same_text(output: str, expected: str) -> bool:

@@ -59,7 +59,7 @@ def ability_of(row: dict) -> Any:
 class RowCheck:
     """Raises ValueError, a sentence without its subject, for a row that a built-in reward cannot score.
 
-    tests: whether the tests of code are read too.
+    tests: whether what holds the tests of code is looked into too; that they run is not known before a program does.
     """
 
     reward: str
@@ -79,12 +79,14 @@ class RowCheck:
             fix = 'set its ability to "code"' if _holds_tests(truth) else f"give one text or number, or {OWN_REWARD}"
             raise ValueError(f"has a ground truth that is no answer of mathematics but {truth!r:.60}: {fix}")
         if ability == "code" and self.tests:
-            from prime_fast.rewards.code import read_task
+            from prime_fast.rewards.code import read_truth
 
             try:
-                read_task(truth)
-            except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+                tests = read_truth(truth)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"has tests that cannot be run: {error}") from error
+            if not tests.get("inputs") and "assert" not in tests.get("asserts", ""):
+                raise ValueError("has no test in its ground truth")
 
 
 def row_check(reward: str) -> RowCheck | None:

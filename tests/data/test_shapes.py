@@ -306,7 +306,16 @@ class TestRefused:
             ({"reward_model": {"ground_truth": '{"inputs": [], "outputs": []}'}}, "auto", 'set its ability to "code"'),
             ({"reward_model": {"ground_truth": " "}}, "auto", "row 2 has no reward_model.ground_truth"),
             ({"ability": "code"}, "auto", "row 2 has tests that cannot be run"),
-            ({"ability": "code", "reward_model": {"ground_truth": '{"asserts": "assert ("}'}}, "auto", "cannot be run"),
+            (
+                {"ability": "code", "reward_model": {"ground_truth": {"asserts": "x = 1"}}},
+                "auto",
+                "row 2 has no test in",
+            ),
+            (
+                {"ability": "code", "reward_model": {"ground_truth": {"inputs": ["1"], "outputs": []}}},
+                "code",
+                "1 inputs",
+            ),
         ],
     )
     def test_rows_that_a_reward_cannot_score(self, tokenizer, write, change, reward, message):
