@@ -1,4 +1,4 @@
-"""What a run writes down: seconds and peak memory per phase, metrics.jsonl, samples.jsonl and one progress line a step."""
+"""What a run writes down: seconds and memory per phase, metrics.jsonl, samples.jsonl and one progress line a step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Phases:
         return {f"seconds/{name}": total for name, total in self._total.items()}
 
     def memory(self) -> dict[str, float]:
-        """{"memory/<name>": GiB at the phase's peak}: what torch hands out on the GPU, without one the whole process."""
+        """{"memory/<name>": GiB at the phase's peak}, of torch's GPU allocator, or of the process without a GPU."""
         return {f"memory/{name}": peak / GIB for name, peak in self._peak.items()}
 
     def reset(self) -> None:

@@ -104,10 +104,16 @@ def test_dry_run_of_the_published_run_needs_no_gpu_and_no_download(capsys, monke
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.chdir(CONFIGS.parent)
     config = str(CONFIGS / "eurus2-7b-8xa100.yaml")
-    assert main(["train", config, "model.policy=configs/shapes/qwen2.5-math-7b", "--dry-run", "--ranks", "8"]) == 0
+    command = ["train", config, "model.policy=configs/shapes/qwen2.5-math-7b", "--dry-run"]
+    assert main([*command, "--ranks", "8"]) == 0
     output = capsys.readouterr().out
     assert "7.616 B" in output and "152064" in output
     assert "4 optimizer steps" in output and "256 prompts x 4 samples" in output
+    assert main([*command, "--ranks", "8", "--gpu", "a100-80"]) == 0
+    assert main([*command, "--ranks", "8", "--gpu", "40"]) == 1  # does not fit
+    assert main([*command, "--gpu", "v100"]) == 2
+    assert "give one of a100-40, a100-80, h100, h200, or a number of GiB" in capsys.readouterr().err
+    assert main([*command[:-1], "--gpu", "h100"]) == 2  # not a dry run
 
 
 def test_sft_lowers_the_loss_and_writes_a_model(workspace, tmp_path, capsys):

@@ -1,10 +1,12 @@
 import json
 import math
+import os
 import time
 
 import pytest
+import torch
 
-from prime_fast.metrics import MetricsLog, Phases, read_metrics, write_samples
+from prime_fast.metrics import GIB, MetricsLog, Phases, peak_gib, read_metrics, resident, write_samples
 
 
 def filled(run_dir, steps, **options):
@@ -30,6 +32,37 @@ def test_phases_accumulate_by_name_and_reset():
     assert 0.02 <= seconds["seconds/generate"] < 0.2 and seconds["seconds/reward"] >= 0
     phases.reset()
     assert phases.seconds() == {}
+
+
+def test_phases_know_their_own_peak():
+    """A phase's peak is neither that of the phase before nor forgotten in a nested one; the run's is the highest."""
+    phases, megabytes = Phases(), 1 << 20
+
+    def take(count):
+        torch.ones(count * megabytes, dtype=torch.uint8)
+
+    before = resident()
+    with phases("large"):
+        take(600)
+    take(600)  # between phases
+    with phases("small"):
+        take(100)
+    with phases("outer"):
+        take(400)
+        with phases("inner"):
+            take(10)
+    with phases("outer"):
+        pass
+    peaks = {name.removeprefix("memory/"): gib * GIB - before for name, gib in phases.memory().items()}
+    assert list(peaks) == ["large", "small", "outer", "inner"]
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert peaks["large"] > 590 * megabytes and 90 * megabytes < peaks["small"] < 300 * megabytes
+        assert peaks["outer"] > 390 * megabytes > 200 * megabytes > peaks["inner"]
+    else:  # only what is resident at the end of a phase is known
+        assert all(peak < 300 * megabytes for peak in peaks.values())
+    assert peak_gib() * GIB >= max(peaks.values()) + before
+    phases.reset()
+    assert phases.memory() == {}
 
 
 def test_records_come_back_with_null_for_what_is_not_finite(tmp_path):

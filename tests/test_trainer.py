@@ -30,6 +30,8 @@ policy_loss entropy clip_fraction approx_kl policy_grad_norm skipped packing_eff
 mismatch_kl mismatch_ratio mismatch_max importance_cut peak_memory_gib seconds
 seconds/generate seconds/reward seconds/reference seconds/prm seconds/old_logprobs
 seconds/advantage seconds/policy seconds/sync
+memory/generate memory/reference memory/prm memory/old_logprobs memory/policy memory/sync
+memory_plan/generate memory_plan/reference memory_plan/prm memory_plan/old_logprobs memory_plan/policy memory_plan/sync
 """
 
 

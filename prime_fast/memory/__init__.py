@@ -1,1 +1,1 @@
-"""What a run will hold, from its configuration and the sources of what it runs on; and what to change if it is too much."""
+"""What a run will hold, by its configuration and the sources of what it runs on, and what to change if it is much."""

@@ -11,7 +11,6 @@ from prime_fast.memory.plan import Plan
 
 # as torch reports total_memory, which is less than what is printed on the card
 CARDS = {"a100-40": 39.4, "a100-80": 79.1, "h100": 79.1, "h200": 139.7}
-MOST_RANKS = 1024
 GRAIN = 1024  # tokens, of engine.micro_tokens
 
 UTILIZATION = "rollout.vllm.gpu_memory_utilization"
@@ -47,16 +46,6 @@ def mend(plan: Plan) -> Change | None:
     return None
 
 
-def more_ranks(plan: Plan) -> int | None:
-    """The fewest ranks, doubling today's, on which the run fits as it is."""
-    ranks = plan.ranks * 2
-    while ranks <= MOST_RANKS:
-        if Plan(plan.config, ranks, plan.card, plan.on_gpu).fits:
-            return ranks
-        ranks *= 2
-    return None
-
-
 def apply(config: Config, change: Change) -> Config:
     tree = config.model_dump()
     for key, value in change.items():
@@ -80,10 +69,8 @@ def _settings(plan: Plan) -> dict[str, list[Any]]:
         settings["rollout.batch"] = _halves(config.rollout.batch, config.rollout.samples)
     elif not plan.rollout.apart:
         settings[UTILIZATION] = _utilizations(plan)
-    longest = -(-(config.data.max_prompt + config.rollout.max_response) // GRAIN) * GRAIN
-    settings["engine.micro_tokens"] = list(
-        range((config.engine.micro_tokens - 1) // GRAIN * GRAIN, longest - 1, -GRAIN)
-    )
+    longest, now = config.data.max_prompt + config.rollout.max_response, config.engine.micro_tokens
+    settings["engine.micro_tokens"] = [n for n in range((now - 1) // GRAIN * GRAIN, 0, -GRAIN) if n >= longest]
     if not config.model.gradient_checkpointing:
         settings["model.gradient_checkpointing"] = [True]
     if config.engine.offload == "none":
@@ -92,7 +79,7 @@ def _settings(plan: Plan) -> dict[str, list[Any]]:
 
 
 def _utilizations(plan: Plan) -> list[float]:
-    """In steps of 5%: smaller ones that still leave room for a sequence, or the next that does where today's does not."""
+    """In steps of 5%: smaller ones with room for a sequence, or the next that has it where today's has not."""
 
     def holds(value: float) -> bool:
         return Plan(apply(plan.config, {UTILIZATION: value}), plan.ranks, plan.card).rollout.sequences >= 1

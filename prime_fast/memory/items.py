@@ -20,5 +20,5 @@ def total(items: Iterable[Item], where: str = "GPU", holder: str | None = None) 
 
 
 def pinned(size: int) -> int:
-    """What torch's host allocator takes for a pinned block: the next power of two (ATen/core/CachingHostAllocator.h)."""
+    """What torch takes for a pinned block: the next power of two (ATen/core/CachingHostAllocator.h)."""
     return 1 << (size - 1).bit_length() if size else 0

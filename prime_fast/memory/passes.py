@@ -15,9 +15,9 @@ from prime_kernels.linear_fused import Head
 
 
 def saved_by_layer(shape: Shape, width: int) -> int:
-    """Bytes a token that a decoder layer keeps for its backward: of each norm its input in float32, the normed input and
-    the output; queries, keys and values with the heads repeated, the attention's output (and the copy of it that enters
-    o_proj), a float32 log-sum-exp a head; gate, its activation, up, their product."""
+    """Bytes a token that a decoder layer keeps for its backward: of each norm its input in float32, the normed input
+    and the output; queries, keys and values with the heads repeated, the attention's output (and the copy of it that
+    enters o_proj), a float32 log-sum-exp a head; gate, its activation, up, their product."""
     norms = 2 * (shape.hidden * (4 + 2 * width) + 4)
     queries = shape.normed_heads * (shape.head_size * (4 + width) + 4)
     attention = shape.heads * (5 * shape.head_size * width + 4)

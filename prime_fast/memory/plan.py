@@ -13,7 +13,7 @@ from prime_fast.engine.model import training_dtype
 from prime_fast.memory import passes
 from prime_fast.memory.items import Item, total
 from prime_fast.memory.rollouts import CONTEXT, NCCL, Rollout
-from prime_fast.memory.shapes import Shape, shape
+from prime_fast.memory.shapes import shape
 from prime_fast.memory.states import RANK_0, States
 from prime_fast.preflight import CHECK_PROMPTS, CHECK_TOKENS
 
@@ -85,16 +85,15 @@ class Plan:
         peaks: dict[str, int] = {}
         for name, items in self.phases.items():
             phase = name.removesuffix(STEP)
-            sizes = sum(
-                i.size for i in items if i.where == self.place and i.holder == "trainer" and i.name != SLACK_NAME
-            )
-            peaks[phase] = max(peaks.get(phase, 0), sizes)
+            handed_out = total((item for item in items if item.name != SLACK_NAME), self.place, "trainer")
+            peaks[phase] = max(peaks.get(phase, 0), handed_out)
         return peaks
 
     def node_host_bytes(self, phase: str, node: int) -> int:
         """Of the host of a node of up to `node` ranks; rank 0 alone collects a whole model for its checkpoint."""
-        shared = [item for item in self.phases[phase] if not item.name.endswith(RANK_0)]
-        return total(shared, "host") * min(self.ranks, node) + total(set(self.phases[phase]) - set(shared), "host")
+        alone = [item for item in self.phases[phase] if item.name.endswith(RANK_0)]
+        ranks = min(self.ranks, node)
+        return total(self.phases[phase], "host") * ranks - total(alone, "host") * (ranks - 1)
 
     def _size(self, moment: Moment) -> int:
         return total(moment, self.place)
@@ -114,14 +113,9 @@ class Plan:
             yield "old_logprobs", self._scored(policy)
         yield from self._trained(policy)
         yield "sync", [self._whole([*rollout.loaded(), *self._syncing()])]
-        yield (
-            "checkpoint",
-            [
-                self._whole([*rollout.loaded(), *states.gathered_for_export(), *states.exported()])
-                for states in self.states.values()
-                if states.trained
-            ],
-        )
+        written = [engine for engine in self.states.values() if engine.trained]
+        moments = [[*rollout.loaded(), *engine.gathered_for_export(), *engine.exported()] for engine in written]
+        yield "checkpoint", [self._whole(moment) for moment in moments]
 
     def _loading(self) -> Iterator[tuple[Moment, Moment]]:
         """(at rest, beside it): engine after engine, then the self-check with the rollout engine awake."""
@@ -166,7 +160,10 @@ class Plan:
         return self._whole([*self.rollout.asleep(), *moment])
 
     def _rest(self) -> Moment:
-        return [item for states in self.states.values() for item in states.rest()]
+        states = self.states.values()
+        # the pinned blocks that trained parameters were loaded into serve frozen ones, or are kept for nothing
+        blocks = self.states["policy"].loaded_into() if all(engine.trained for engine in states) else []
+        return [*(item for engine in states for item in engine.rest()), *blocks]
 
     def _whole(self, moment: Moment, rest: Moment | None = None) -> Moment:
         """With the states at rest, the driver's share and slack."""

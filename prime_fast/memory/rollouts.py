@@ -95,7 +95,7 @@ class Rollout(NamedTuple):
         return [*items, Item("vLLM: weights, asleep", self.backup_bytes(), "host", "engine")]
 
     def buckets(self) -> list[Item]:
-        """In the trainer: two buckets on their way, and a tensor larger than a bucket has its own (rollout/weights.py)."""
+        """In the trainer: two on their way, and a tensor larger than a bucket has its own (rollout/weights.py)."""
         if not self.vllm:
             return []
         default = BUCKET_BYTES if self.on_gpu else CPU_BUCKET_BYTES
@@ -126,7 +126,7 @@ class Rollout(NamedTuple):
 
     @property
     def _profiled(self) -> int:
-        """Activations of vLLM's profile run, without gradients: gate, up and product, and the sampler's float32 logits."""
+        """Activations of vLLM's profile run: gate, up and product, and the sampler's float32 logits."""
         tokens = self.config.rollout.vllm.get("max_num_batched_tokens", STEP_TOKENS)
         mlp = tokens * 3 * self.shape.intermediate * self.dtype.itemsize // self.shards
         return mlp + 3 * 4 * self.config.rollout.batch * self.shape.vocabulary
@@ -139,8 +139,8 @@ class Rollout(NamedTuple):
         return [self._item("weights", self.weights)]
 
     def _hf_generating(self) -> list[Item]:
-        """transformers' DynamicCache and sdpa with a mask: one layer's cache is made anew at each token, and its keys and
-        values are repeated to all heads (integrations/sdpa_attention.py use_gqa_in_sdpa)."""
+        """transformers' DynamicCache and sdpa with a mask: one layer's cache is made anew at each token, and its keys
+        and values are repeated to all heads (integrations/sdpa_attention.py use_gqa_in_sdpa)."""
         rollout, width = self.config.rollout, self.dtype.itemsize
         tokens = rollout.batch * (self.config.data.max_prompt + rollout.max_response)
         repeated = 2 * tokens * self.shape.heads * self.shape.head_size * width

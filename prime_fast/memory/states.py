@@ -105,9 +105,9 @@ class States:
         return items
 
     def gathered(self) -> list[Item]:
-        """Whole parameters while a pass runs: partitioned_param_coordinator.py releases none that is needed again within
-        stage3_max_reuse_distance and prefetches up to stage3_max_live_parameters; an all-gather of several parameters
-        is copied out of its buffer (partition_parameters.py AllGatherCoalescedHandle)."""
+        """Whole parameters while a pass runs: partitioned_param_coordinator.py releases none that is needed again
+        within stage3_max_reuse_distance and prefetches up to stage3_max_live_parameters; an all-gather of several
+        parameters is copied out of its buffer (partition_parameters.py AllGatherCoalescedHandle)."""
         if not self.gathers:
             return []
         live = min(self.shape.count, self.zero.max_live_parameters)
@@ -148,8 +148,8 @@ class States:
         return items
 
     def exported(self) -> list[Item]:
-        """On the host while a checkpoint is written: rank 0 collects the whole model (engine/zero.py save_hf); then each
-        rank's states pass through, one flat tensor at a time (torch.save)."""
+        """On the host while a checkpoint is written: rank 0 collects the whole model (engine/zero.py save_hf); then
+        each rank's states pass through, one flat tensor at a time (torch.save)."""
         passing = 0 if self.offloaded or not self.on_gpu else MASTER * self.sub_group
         more = max(0, self.width * self.shape.count - passing)
         return [
@@ -172,17 +172,11 @@ class States:
         size, offload = self.width * self.partition, self.engine.offload
         if offload == "none" or not self.on_gpu:
             return [self._item("parameters", size, "GPU" if offload != "disk" else "disk")]
-        # small ones stay (parameter_offload.py mark_persistent_parameters); of a trained engine, all have a place in one
-        # flat buffer on the host too, beside the pinned blocks that they were loaded into, which torch keeps
-        threshold = self.zero.param_persistence_threshold
-        items = [
-            self._item("small parameters", self.width * sum(n for _, n in self.shape.parameters if n <= threshold))
-        ]
-        parts = [-(-count // self.ranks) for _, count in self.shape.parameters if count > threshold]
-        if offload == "cpu":
-            items.append(self._item("parameters", pinned(size) if self.trained else 0, "host"))
-            items.append(self._item("pinned blocks", sum(pinned(self.width * part) for part in parts), "host"))
-            return items
+        threshold = self.zero.param_persistence_threshold  # parameter_offload.py mark_persistent_parameters
+        small = sum(count for _, count in self.shape.parameters if count <= threshold)
+        items = [self._item("small parameters", self.width * small)]
+        if offload == "cpu":  # a trained engine moves them to one flat buffer
+            return [*items, self._item("parameters", pinned(size) if self.trained else self._blocks, "host")]
         buffers = self._offload_param.buffer_count * self._offload_param.buffer_size
         kept = min(self.partition, self._offload_param.max_in_cpu) if self.trained else 0
         return [
@@ -200,7 +194,7 @@ class States:
             bucket = min(bucket, self.shape.count)
         gradients = self.gradient_width * self.partition
         items = [
-            # of float32 parameters too: _create_fp32_partitions compares a device with its name and so never shares them
+            # for float32 parameters too: _create_fp32_partitions compares a device with its name, and shares nothing
             self._item("float32 weights", MASTER * self.partition, where),
             self._item("AdamW moments", MOMENTS * self.partition, where),
             self._item("reduce bucket", self.width * bucket),
@@ -215,6 +209,15 @@ class States:
             flat = 4 * MASTER * self.sub_group
             return [*items, self._item("swap buffers of the optimizer", flat, "host")]
         return [*items, self._item("float32 gradients", flat, "host")]
+
+    def loaded_into(self) -> list[Item]:
+        """The pinned blocks, one a parameter, that an engine offloaded to the CPU was loaded into; torch keeps them."""
+        blocks = self._blocks if self.engine.offload == "cpu" and self.on_gpu else 0
+        return [self._item("pinned blocks left from loading", blocks, "host")]
+
+    @property
+    def _blocks(self) -> int:
+        return sum(pinned(self.width * -(-count // self.ranks)) for _, count in self.shape.parameters)
 
     @property
     def _resting_place(self) -> str:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from prime_fast.config import Config
 from prime_fast.data.models import model_config
-from prime_fast.memory.advice import apply, mend, more_ranks
+from prime_fast.memory.advice import apply, mend
 from prime_fast.memory.items import GIB, total
 from prime_fast.memory.plan import Plan, models
 from prime_fast.memory.shapes import shape
@@ -54,8 +54,8 @@ def print_dry_run(config: Config, ranks: int, console: Console, card: int | None
     console.print(
         f"{r.prompts} prompts x {r.samples} samples, up to {config.data.max_prompt} + {r.max_response} tokens each; "
         f"micro-batches of {config.engine.micro_tokens} tokens per GPU; {config.steps} steps.\n"
-        f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with those that are kept and "
-        "one being written."
+        f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with those that are kept "
+        "and one being written."
     )
     if card is None:
         return True
@@ -80,13 +80,15 @@ def verdict(plan: Plan) -> list[str]:
 
 def _advice(plan: Plan) -> str:
     change = mend(plan)
-    if change:
-        mended = Plan(apply(plan.config, change), plan.ranks, plan.card)
-        settings = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-        return f"Set {settings}: then {mended.tightest} is the tightest phase and fits with {_gib(mended.left)}."
-    ranks = more_ranks(plan)
-    settings = "No setting mends it (tried memory utilization or rollout.batch, micro_tokens, checkpointing, offload)"
-    return f"{settings}; {f'{ranks} ranks would' if ranks else 'use a model or rows of smaller size'}."
+    if not change:
+        return "No setting mends it, nor all of them together; use a larger card, a smaller model or shorter rows."
+    mended = Plan(apply(plan.config, change), plan.ranks, plan.card)
+    settings = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+    advice = f"Set {settings}: then {mended.tightest} is the tightest phase and fits with {_gib(mended.left)}"
+    if "engine.offload" in change:
+        host = max(mended.node_host_bytes(phase, NODE) for phase in mended.phases)
+        advice += f", and a node's host holds up to {_gib(host)}"
+    return advice + "."
 
 
 def _models_table(config: Config) -> Table:

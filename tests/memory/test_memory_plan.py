@@ -7,7 +7,7 @@ import pytest
 
 from prime_fast.config import load_config
 from prime_fast.memory import states
-from prime_fast.memory.advice import CARDS, UTILIZATION, apply, card_bytes, mend, more_ranks
+from prime_fast.memory.advice import CARDS, UTILIZATION, _settings, apply, card_bytes, mend
 from prime_fast.memory.items import GIB, pinned, total
 from prime_fast.memory.plan import Plan
 
@@ -174,8 +174,8 @@ def test_the_advice_is_right_and_mild(seed):
         card = int(0.9 * card)
     change = mend(Plan(config, ranks, card))
     if change is None:
-        more = more_ranks(Plan(config, ranks, card))
-        assert more is None or (Plan(config, more, card).fits and not Plan(config, more // 2, card).fits)
+        everything = {key: values[-1] for key, values in _settings(Plan(config, ranks, card)).items()}
+        assert not Plan(apply(config, everything), ranks, card).fits
         return
 
     def fits(changed):

@@ -21,9 +21,8 @@ SUMMED_IN_FLOAT32 = "bfloat16:none:fp32"
 
 def states(path, dtype, offload="none", ranks=1, on_gpu=False, trained=True):
     optimizer = OptimizerConfig(lr=1e-3) if trained else None
-    return States(
-        "policy", shape(str(path)), getattr(torch, dtype), ranks, EngineConfig(offload=offload), optimizer, on_gpu
-    )
+    engine = EngineConfig(offload=offload)
+    return States("policy", shape(str(path)), getattr(torch, dtype), ranks, engine, optimizer, on_gpu)
 
 
 def sizes(items):
