@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 SMI = "#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)'\n"
+NO_SMI = "#!/bin/sh\necho 'No devices were found'\nexit 6\n"
 TORCH = """
 import importlib.abc, importlib.machinery, os, sys
 
@@ -34,13 +35,19 @@ sys.meta_path.insert(0, Torch())
 """
 
 
+def smi(folder: Path, gpus: bool) -> Path:
+    """Puts an `nvidia-smi` that finds a GPU, or none, into a new folder for the front of PATH."""
+    program = folder / "bin/nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(SMI if gpus else NO_SMI)
+    program.chmod(0o755)
+    return program.parent
+
+
 def environment(folder: Path) -> dict[str, str]:
     """Of processes on that machine; `folder` gets what makes them believe it."""
-    (folder / "bin").mkdir()
-    (folder / "bin/nvidia-smi").write_text(SMI)
-    (folder / "bin/nvidia-smi").chmod(0o755)
     (folder / "sitecustomize.py").write_text(TORCH)
     unset = {"CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"}
-    path = f"{folder}/bin:{Path(sys.executable).parent}:/usr/bin:/bin"
+    path = f"{smi(folder, gpus=True)}:{Path(sys.executable).parent}:/usr/bin:/bin"
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     return kept | {"PATH": path, "PYTHONPATH": str(folder)}

@@ -15,6 +15,7 @@ import processes
 import pytest
 import torch
 import yaml
+from pip._internal.commands import create_command as pip_command
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import prime_kernels
@@ -111,6 +112,8 @@ def test_command_parses(path, command, parsing, monkeypatch):
         parsing(runpy.run_module, words[2], words[3:])
     elif words[0] == "python":
         parsing(runpy.run_path, words[1], words[2:])
+    elif words[0] == "pip":
+        pip_command(words[1]).parse_args(words[2:])
     else:
         assert words == ["source", ".venv/bin/activate"]
         assert re.search(r"^VENV \?= \.venv$", (ROOT / "Makefile").read_text(), re.M)
@@ -186,4 +189,4 @@ def test_what_the_readme_points_to_exists():
     local = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     named = re.findall(r"`((?:scripts|configs|prime_fast|tests|benchmarks|kernels)/[\w./-]+)`", text)
     assert len(local) > 5 and not [name for name in local + named if not (ROOT / name).exists()]
-    assert f"tries {len(ATTACKS)} ways out" in text
+    assert f"tries {len(ATTACKS)} ways out" in text and f"prime_fast-{prime_kernels.__version__}-*.whl" in text

@@ -149,7 +149,7 @@ class TestRefusal:
         assert "sysctl user.max_user_namespaces=10000" in out.stderr and "rlimits-only" in out.stderr
 
     def test_doctor(self):
-        out = run("from prime_fast.views import doctor\nprint(*doctor.sandbox(), sep='\\n')", *FORBID)
+        out = run("from prime_fast.views.doctor import host\nprint(*host.sandbox(), sep='\\n')", *FORBID)
         assert out.stdout.startswith("FAIL  sandbox: cannot isolate") and len(out.stdout.splitlines()) == 1
 
     def test_math_needs_no_isolation(self):
