@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prime_kernels import checks, reference
-from prime_kernels.dispatch import resolve
+from prime_kernels.advantage_cuda import capturing
+from prime_kernels.dispatch import operator, resolve
 from prime_kernels.reference import Advantage
 
 
@@ -62,7 +63,8 @@ def prime_advantage(
     dtypes, NaN or infinity; RuntimeError for a back-end that cannot run. What depends on values is checked while the
     op runs, so torch.compile(fullgraph=True) takes it. On CUDA the inputs need no host synchronisation: one launch
     ("triton": two) checks and computes, and one word is read back after it. Under CUDA graph capture nothing is read,
-    and a batch with a bad value has NaN for every advantage.
+    and a batch with a bad value has NaN for every advantage; what must read is a ValueError there: no prm_logprob, a
+    process_group, back-end "torch".
     """
     checks.one_of("estimator", estimator, ("rloo", "grpo", "reinforce"))
     checks.one_of("form", form, ("run", "paper"))
@@ -88,7 +90,7 @@ def prime_advantage(
 
 
 # One custom op whatever the back-end, so that torch.compile sees no data-dependent check; those are made when it runs.
-@torch.library.custom_op("prime_kernels::prime_advantage", mutates_args=())
+@operator("prime_advantage")
 def _prime_advantage(
     prm_logprob: Tensor | None, ref_logprob: Tensor | None, outcome: Tensor, cu_seqlens: Tensor, group: Tensor,
     beta: float, gamma: float, outcome_gamma: float, process_weight: float, outcome_weight: float,
@@ -100,6 +102,11 @@ def _prime_advantage(
         _check_values, prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator
     )
     ranks = process_group and dist.distributed_c10d._resolve_process_group(process_group)
+    if capturing() and (prm_logprob is None or ranks is not None or implementation is reference.advantage):
+        raise ValueError(
+            "prime_advantage would read from the GPU, which a CUDA graph cannot capture: pass prm_logprob, no "
+            "process_group, and backend 'cuda' or 'triton'"
+        )
     options = {
         "beta": beta, "gamma": gamma, "outcome_gamma": outcome_gamma, "process_weight": process_weight,
         "outcome_weight": outcome_weight, "estimator": estimator, "form": form, "normalize": normalize,
@@ -109,12 +116,14 @@ def _prime_advantage(
         check()
         result = implementation(prm_logprob, ref_logprob, outcome, cu_seqlens, group, **options)
         return tuple(x.to(_dtype(tensors)) for x in result)
-    if not len(outcome):
+    tokens = 0 if not len(outcome) else cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob)
+    if not 0 < tokens < 2**31:
         check()
-    tokens = cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob)
+        raise ValueError(f"{tokens} tokens are more than the kernels count: split the batch or use backend='torch'")
     if prm_logprob is not None and prm_logprob.dtype != ref_logprob.dtype:
         prm_logprob, ref_logprob = prm_logprob.float(), ref_logprob.float()
-    cu = cu_seqlens.int() if tokens < 2**31 else cu_seqlens
+    # what int32 cannot hold stays outside of the batch
+    cu = cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.clamp(-1, 2**31 - 1).int()
     arguments = (x if x is None else x.contiguous() for x in (prm_logprob, ref_logprob, outcome, cu, group))
     result = implementation(*arguments, tokens=tokens, **options)
     if result is None:  # a kernel only sees that something is wrong

@@ -24,7 +24,8 @@ def coefficients(
     With several ranks there are two small all-reduces, of the largest S_n and of the moments.
     """
     alone = estimator != "reinforce" and (group.unique(return_counts=True)[1] == 1).any()
-    if alone or not (outcome.isfinite().all() and (not process_weight or sums[:2].isfinite().all())):
+    checked = sums[: 2 if process_weight else 1]  # the peak of a row with bad offsets is infinite, with any weights
+    if alone or not (outcome.isfinite().all() and checked.isfinite().all()):
         return None
     peak, total, s, ss, sg, so, g, gg, go, o, oo = sums
     outcome = outcome.double()

@@ -15,10 +15,12 @@ import triton.language as tl
 from prime_kernels.advantage_cuda import ESTIMATORS, capturing, stream
 from prime_kernels.advantage_rows import FIELDS, coefficients
 from prime_kernels.advantage_triton_rows import baseline, finish, store_sums
-from prime_kernels.compile_check import Case
 from prime_kernels.reference import Advantage
 
 BLOCK, ROWS, WARPS = 512, 512, 4  # tokens and rows at a time
+# What Triton must not look at: a kernel of its own for one row, or for 16, helps nobody and may round differently
+PLAIN = ["outcome", "cu_seqlens", "reward", "table", "moments", "tokens", "rows"]
+PLAIN_SUMS = [*PLAIN, "prm", "ref", "score", "sums", "work", "counters"]
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def _add(a, b, c, d, e, f, g, h, i, j, a2, b2, c2, d2, e2, f2, g2, h2, i2, j2):
     return a + a2, b + b2, c + c2, d + d2, e + e2, f + f2, g + g2, h + h2, i + i2, j + j2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN_SUMS)
 def sum_rows(
     prm, ref, outcome, cu_seqlens, group, reward, score, sums, work, table, moments, counters,
     tokens, rows, beta: tl.float64, gamma: tl.float64, log_outcome_gamma: tl.float64, process_weight: tl.float64,
@@ -125,7 +127,7 @@ def sum_rows(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*PLAIN, "advantage"])
 def write_rows(
     reward, cu_seqlens, table, moments, advantage, tokens, rows, gamma: tl.float64, log_outcome_gamma: tl.float64,
     process: tl.constexpr, block: tl.constexpr,
@@ -212,31 +214,3 @@ def zeros(device: torch.device, stream: int, size: int) -> torch.Tensor:
 @functools.cache
 def _zeros(device: torch.device, stream: int, size: int) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def compile_cases() -> list[Case]:
-    inputs = {name: "*fp32" for name in ("outcome", "reward", "score")}
-    inputs |= {"cu_seqlens": "*i32", "group": "*i64", "counters": "*i32", "tokens": "i32", "rows": "i32"}
-    inputs |= {name: "*fp64" for name in ("sums", "work", "table", "moments")}
-    inputs |= {name: "fp64" for name in ("beta", "gamma", "log_outcome_gamma", "process_weight", "outcome_weight")}
-    fixed = {"block": BLOCK, "rows_block": ROWS, "normalize": True, "whiten": True, "has_prm": True, "process": True}
-    found = []
-    for kind, number in {"rloo": 0, "rloo-paper": 1, "grpo": 2, "reinforce": 3}.items():
-        for dtype in ("fp32", "bf16"):
-            signature = inputs | {"prm": f"*{dtype}", "ref": f"*{dtype}"}
-            for discounted in (False, True):
-                name = f"advantage.sum_rows[{kind},{dtype}{',gamma' if discounted else ''}]"
-                options = fixed | {"estimator": number, "discounted": discounted, "only_sums": False}
-                found.append(case(name, sum_rows, signature, options))
-    return [*found, case("advantage.write_rows", write_rows, inputs | {"advantage": "*fp32"}, fixed)]
-
-
-def case(name, kernel, signature, constexprs) -> Case:
-    names = kernel.arg_names
-    return Case(
-        name,
-        kernel,
-        {key: value for key, value in signature.items() if key in names},
-        {key: value for key, value in constexprs.items() if key in names},
-        {"num_warps": WARPS},
-    )

@@ -63,13 +63,13 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def rows(cu_seqlens: torch.Tensor, tokens: int) -> None:
     """ValueError unless cu_seqlens cuts 0..tokens into rows of one token or more. Syncs with the host."""
-    lengths = cu_seqlens.diff()
+    before, after = cu_seqlens[:-1], cu_seqlens[1:]  # compared, as a difference may overflow
     first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
-    if (descending := (lengths < 0).nonzero()).numel():
+    if (descending := (after < before).nonzero()).numel():
         raise ValueError(f"cu_seqlens falls after row {descending[0].item()}: pass the running sum of the row lengths")
     if first != 0 or last != tokens:
         raise ValueError(f"cu_seqlens runs from {first} to {last}, needs 0 to {tokens}, the number of tokens given")
-    if (empty := (lengths == 0).nonzero()).numel():
+    if (empty := (after == before).nonzero()).numel():
         raise ValueError(f"row {empty[0].item()} has no token: drop rows with an empty response")
 
 

@@ -1,44 +1,32 @@
-"""Ahead-of-time compilation of every shipped kernel for sm_80 and sm_90, without a GPU.
+"""Ahead-of-time compilation for sm_80 and sm_90 of every kernel that a call can reach, without a GPU.
 
-    python -m prime_kernels.compile_check [--only TEXT]
+    python -m prime_kernels.compile_check [--chip 80|90] [--head H ...] [--quick]
 
-prints registers, stack, shared memory and matrix instructions of each kernel, and exits with 1 if one spills, needs
-more shared memory than the chip has, or lacks the matrix instructions it should have.
+prints registers, stack, shared memory and matrix instructions of each kernel, with the first call that needs it, and
+exits with 1 if one spills, needs more shared memory than the chip has or memory that nobody gives it, or multiplies
+matrices without the chip's matrix instructions; if a call fails, or is refused by default; if the gate does not vary
+an op or an argument; or if the CUDA extension would launch a kernel that is not compiled.
 
-Triton: every module prime_kernels.*_triton has a function `compile_cases() -> list[Case]` with every configuration
-that it ships. CUDA C++: every csrc/*.cu, by nvcc -Xptxas -v, where there is a toolkit and the sources are at hand.
+Triton: launch_gate.py. CUDA C++: every csrc/*.cu, by nvcc -Xptxas -v, where there are a toolkit and the sources.
 """
 
 import argparse
-import importlib
 import importlib.util
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import prime_kernels
+from prime_kernels import launch_calls, launch_gate
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
+MATRIX = {80: "HMMA", 90: "HGMMA"}  # what multiplies bfloat16 matrices at full speed
 NVCC_TARGET = {80: "arch=compute_80,code=sm_80", 90: "arch=compute_90a,code=sm_90a"}
-
-
-class Case(NamedTuple):
-    """One Triton kernel in one configuration."""
-
-    name: str  # what the table calls it, unique
-    kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # the arguments that are no constexpr: "*fp32", "*bf16", "i32", "fp32", ...
-    constexprs: dict[str, Any]
-    options: dict[str, Any]  # num_warps, num_stages, ...
-    chips: tuple[int, ...] = (80, 90)
-    divisible: tuple[str, ...] = ()  # integers divisible by 16; pointers always are
-    mma: bool = False  # must contain matrix instructions
 
 
 class Report(NamedTuple):
@@ -48,71 +36,69 @@ class Report(NamedTuple):
     stack: int  # bytes, with spills; 0 in a kernel that is fit to ship
     shared: int  # bytes
     mma: str  # matrix instructions by kind
+    call: str  # the first that needs it
     problem: str
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="prime_kernels.compile_check", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="kernels, or .cu files, with TEXT in their name")
-    only = parser.parse_args().only
-    reports = [*triton_reports(only), *cuda_reports(only)]
+    parser.add_argument("--chip", type=int, choices=SHARED_LIMIT, help="one of them alone")
+    parser.add_argument("--head", type=int, nargs="+", default=launch_calls.HEADS, metavar="H", help="hidden sizes")
+    parser.add_argument("--quick", action="store_true", help="each value in some call, not any two")
+    chosen = parser.parse_args()
+    reports, problems = [], launch_gate.unvaried()
+    for chip in [chosen.chip] if chosen.chip else SHARED_LIMIT:
+        found, failed = check(chip, tuple(chosen.head), 1 if chosen.quick else 2)
+        reports += found
+        problems += failed
     print(table(reports))
+    print(*problems, sep="\n", end="\n" if problems else "")
     bad = [report for report in reports if report.problem]
-    print(f"{len(reports)} kernels, {len(bad)} unfit" if reports else "nothing to check")
-    return 1 if bad or not reports else 0
+    print(f"{len(reports)} kernels, {len(bad)} unfit, {len(problems)} problems with calls")
+    return 1 if bad or problems else 0
 
 
-def cases() -> list[Case]:
-    """What the modules *_triton ship. Triton must be installed and not interpreting."""
-    names = [module.name for module in pkgutil.iter_modules(prime_kernels.__path__) if module.name.endswith("_triton")]
-    found = [case for name in names for case in importlib.import_module(f"prime_kernels.{name}").compile_cases()]
-    assert len({case.name for case in found}) == len(found), "two cases share a name"
-    return found
-
-
-def triton_reports(only: str = "") -> list[Report]:
+def check(chip: int, heads: tuple[int, ...], strength: int) -> tuple[list[Report], list[str]]:
+    """Every kernel for this chip, and what is wrong with calls."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 does not compile: unset it")
-    return [compiled(case, chip) for case in cases() if only in case.name for chip in case.chips]
+    driver, extension, problems = launch_gate.run(chip, heads, strength)
+    reports = [measured(kernel, chip) for kernel in driver.kernels]
+    if units := cuda_reports(chip, extension.kernels):
+        reports += units
+        compiled = {unit.name.rpartition(":")[2] for unit in units}
+        problems += [
+            f"{call}: launches {name}, which is in no csrc/*.cu"
+            for name, call in extension.kernels.items()
+            if name not in compiled
+        ]
+    return reports, problems
 
 
-def compiled(case: Case, chip: int) -> Report:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    names = case.kernel.arg_names
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    divisible = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.divisible]
-    source = triton.compiler.ASTSource(
-        fn=case.kernel,
-        signature=signature,
-        constexprs=case.constexprs,
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
-    )
-    kernel = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=case.options)
+def measured(kernel: launch_gate.Kernel, chip: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
+        cubin.write_bytes(kernel.binary)
         usage = _run(cuobjdump(), "--dump-resource-usage", cubin)
-        code = _run(cuobjdump(), "-sass", cubin)
+        code = _run(cuobjdump(), "-sass", cubin) if kernel.matrix else ""
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
-    return judged(case.name, chip, registers, stack, kernel.metadata.shared, mma_counts(code), case.mma)
+    report = judged(kernel.name, chip, registers, stack, kernel.shared, mma_counts(code), kernel.matrix, kernel.call)
+    if kernel.scratch:
+        unfit = f"wants {kernel.scratch} bytes of global memory a program"
+        report = report._replace(problem="; ".join(filter(None, [report.problem, unfit])))
+    return report
 
 
-def cuda_reports(only: str = "") -> list[Report]:
+def cuda_reports(chip: int, calls: dict[str, str]) -> list[Report]:
+    """Of every csrc/*.cu. calls: kernel -> the call that needs it."""
     folder = Path(prime_kernels.__file__).resolve().parents[2] / "csrc"
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not folder.is_dir() or not Path(nvcc).exists():
         missing = "no nvcc" if folder.is_dir() else "no csrc folder: not a source checkout"
         print(f"CUDA C++ units not checked: {missing}", file=sys.stderr)
         return []
-    return [
-        report
-        for unit in sorted(folder.glob("*.cu"))
-        if only in unit.name
-        for chip in NVCC_TARGET
-        for report in unit_reports(nvcc, unit, chip)
-    ]
+    units = [report for unit in sorted(folder.glob("*.cu")) for report in unit_reports(nvcc, unit, chip)]
+    return [unit._replace(call=calls.get(unit.name.rpartition(":")[2], "")) for unit in units]
 
 
 def unit_reports(nvcc: str, unit: Path, chip: int) -> list[Report]:
@@ -121,10 +107,7 @@ def unit_reports(nvcc: str, unit: Path, chip: int) -> list[Report]:
         target = f"-gencode={NVCC_TARGET[chip]}"
         object_file = Path(folder, "unit.o")
         log = _run(nvcc, "-std=c++17", "-O3", target, "-Xptxas=-v", "-c", unit, "-o", object_file, stderr=True)
-        code = _run(cuobjdump(), "-sass", object_file)
-    functions = re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", code, re.S)
-    counts = {name: mma_counts(text) for name, text in functions}
-    return [judged(f"{unit.name}:{short(name)}", chip, *usage, counts[name], False) for name, usage in parse_ptxas(log)]
+    return [judged(f"{unit.name}:{short(name)}", chip, *usage, "-", False, "") for name, usage in parse_ptxas(log)]
 
 
 def short(name: str) -> str:
@@ -158,19 +141,21 @@ def mma_counts(code: str) -> str:
     return " ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "-"
 
 
-def judged(name: str, chip: int, registers: int, stack: int, shared: int, mma: str, needs_mma: bool) -> Report:
+def judged(
+    name: str, chip: int, registers: int, stack: int, shared: int, mma: str, needs_mma: bool, call: str
+) -> Report:
     problems = [f"spills: {stack} bytes of stack"] if stack else []
     if shared > SHARED_LIMIT[chip]:
         problems.append(f"shared memory above the chip's {SHARED_LIMIT[chip]}")
-    if needs_mma and mma == "-":
-        problems.append("no matrix instructions")
-    return Report(name, chip, registers, stack, shared, mma, "; ".join(problems))
+    if needs_mma and MATRIX[chip] not in mma.split():
+        problems.append(f"no {MATRIX[chip]} instructions")
+    return Report(name, chip, registers, stack, shared, mma, call, "; ".join(problems))
 
 
 def table(reports: list[Report]) -> str:
-    head = ("kernel", "chip", "registers", "stack", "shared", "matrix", "verdict")
+    head = ("kernel", "chip", "registers", "stack", "shared", "matrix", "verdict", "first call")
     rows = [head] + [
-        (r.name, f"sm_{r.chip}", str(r.registers), str(r.stack), str(r.shared), r.mma, r.problem or "ok")
+        (r.name, f"sm_{r.chip}", str(r.registers), str(r.stack), str(r.shared), r.mma, r.problem or "ok", r.call)
         for r in reports
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

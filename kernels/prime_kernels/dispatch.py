@@ -14,6 +14,8 @@ from torch import Tensor
 from prime_kernels import linear_torch, reference
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")  # fastest first
+DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # where the tensors of a back-end must be
+TRITON = {"2.11": "3.6.0", "2.12": "3.7.1", "2.13": "3.7.1"}  # the release that a torch release is built with
 
 
 class Lazy(NamedTuple):
@@ -83,6 +85,23 @@ def resolve(op: str, backend: str | None = None, tensors: Iterable[Tensor | None
     return implementation
 
 
+def operator(name: str):
+    """Decorator: the function is the PyTorch operator prime_kernels::`name`, an op's forward or backward.
+
+    It runs on the device of its first tensor, whichever is current: Triton and CUDA launch on the current one.
+    """
+
+    def register(function):
+        @functools.wraps(function)
+        def on_its_device(*arguments, **options):
+            with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
+                return function(*arguments, **options)
+
+        return torch.library.custom_op(f"prime_kernels::{name}", on_its_device, mutates_args=())
+
+    return register
+
+
 def extension(name: str):
     """The compiled module prime_kernels.`name`; RuntimeError says why it is not there."""
     module, problem = _extension(name)
@@ -104,7 +123,7 @@ def _problem(op: str, backend: str, tensors: list[Tensor] | None = None) -> str 
     if problem := MACHINE[backend]():
         return problem
     tensors = tensors or []
-    wanted = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
+    wanted = "cpu" if backend == "triton" and interpreting() else DEVICE[backend]
     if other := next((x.device for x in tensors if x.device.type != wanted), None):
         return f"it takes {wanted} tensors and got {other}: move them with .to()"
     if any(x.dtype == torch.float64 for x in tensors):
@@ -120,7 +139,9 @@ def _cuda_problem() -> str | None:
 
 def _triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton==3.7.1"
+        release = TRITON.get(".".join(torch.__version__.split(".")[:2]))
+        beside = f"triton=={release}" if release else "triton, in the release that it was built with"
+        return f"Triton is not installed: pip install {beside}, beside torch {torch.__version__}"
     return None if interpreting() else _gpu_problem()
 
 

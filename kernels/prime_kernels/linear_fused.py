@@ -101,9 +101,9 @@ class Head:
         """Adds the gradients of the chunk whose dlogits were made last, each row's times its `scale`."""
         dlogits, hidden = self.dlogits[: rows.stop - rows.start], self._operand(rows)
         if self.dhidden is not None:
-            if scale is None and self.kept == dlogits.dtype:
+            if scale is None and self.kept == torch.float32:
                 product(dlogits, self.weight, self.dhidden[rows])
-            else:
+            else:  # into float32: torch lets cuBLAS add the parts of a bfloat16 product in bfloat16, and V is long
                 dhidden = product(dlogits, self.weight, torch.empty_like(hidden, dtype=torch.float32))
                 self.dhidden[rows] = dhidden if scale is None else dhidden.mul_(scale[:, None])
         if self.dweight is not None:

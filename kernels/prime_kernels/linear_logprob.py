@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels import checks
-from prime_kernels.dispatch import resolve
+from prime_kernels.dispatch import operator, resolve
 from prime_kernels.linear_torch import compute_dtype
 
 
@@ -43,7 +43,7 @@ def linear_logprob(
     return (logprob, entropies) if entropy else logprob
 
 
-@torch.library.custom_op("prime_kernels::linear_logprob", mutates_args=())
+@operator("linear_logprob")
 def _logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -68,7 +68,7 @@ def _(hidden, weight, bias, targets, temperature, softcap, entropy, backend):
     return logprob, torch.empty_like(logprob) if entropy else logprob.new_empty(0)
 
 
-@torch.library.custom_op("prime_kernels::linear_logprob_backward", mutates_args=())
+@operator("linear_logprob_backward")
 def _logprob_backward(
     hidden: Tensor,
     weight: Tensor,

@@ -53,7 +53,7 @@ def logit(raw, bias, inverse_temperature, softcap):
     return z * inverse_temperature
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["targets", "stats", "rows"])
 def vocabulary_kernel(
     hidden, weight, bias, targets, logits, stats,
     rows, vocabulary, inverse_temperature, softcap,
@@ -134,14 +134,15 @@ def vocabulary_stats(
     With logits the kernel always sums for the entropy: the leaner variant spills on sm_90.
     """
     rows, size = hidden.shape
-    tile = tune.tile(tune.chip(hidden.device), size, plain=bias is None and softcap is None)
+    tile = tune.tile(tune.chip(hidden.device), size, hidden.dtype, plain=bias is None and softcap is None)
     stats = hidden.new_empty(4, tile.splits, rows, dtype=torch.float32)
     operands = hidden, weight
     if tile.descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
-        operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
+        aligned = (x if x.data_ptr() % 16 == 0 else x.clone() for x in operands)  # TMA reads from nowhere else
+        operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(aligned, blocks, strict=True)]
     if rows:
         vocabulary_kernel[triton.cdiv(rows, tile.rows) * tile.splits,](
             *operands, bias, targets, logits, stats, rows, len(weight), 1 / temperature, softcap,
@@ -150,39 +151,3 @@ def vocabulary_stats(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return stats
-
-
-def compile_cases() -> list:
-    variants = {  # name: (entropy, logits kept, bias and softcap)
-        "": (False, False, False),
-        "+entropy": (True, False, False),
-        "+logits": (True, True, False),
-        "+logits+bias+softcap": (True, True, True),
-    }
-    return [
-        _case(chip, head, size, name, *variant)
-        for chip in (80, 90)
-        for head, (size, _) in tune.HEADS.items()
-        for name, variant in variants.items()
-    ]
-
-
-def _case(chip: int, head: str, size: int, variant: str, entropy: bool, keeps: bool, extras: bool):
-    from prime_kernels.compile_check import Case
-
-    tile = tune.tile(chip, size, plain=not extras)
-    shapes = f"[{tile.rows},{tile.depth}]", f"[{tile.columns},{tile.depth}]"
-    operands = [f"tensordesc<bf16{shape}>" if tile.descriptors else "*bf16" for shape in shapes]
-    signature = {"hidden": operands[0], "weight": operands[1], "targets": "*i64", "stats": "*fp32"}
-    signature |= {"rows": "i32", "vocabulary": "i32", "inverse_temperature": "fp32"}
-    signature |= {"logits": "*fp32"} if keeps else {}
-    signature |= {"bias": "*bf16", "softcap": "fp32"} if extras else {}
-    constexprs = {key: None for key in ("bias", "softcap", "logits") if key not in signature}
-    constexprs |= {"H": size, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SPLITS": tile.splits}
-    constexprs |= {"GROUP": tile.group, "ENTROPY": entropy, "DESCRIPTORS": tile.descriptors}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-    shape = f"{tile.rows}x{tile.columns}x{tile.depth}{' tma' if tile.descriptors else ''}"
-    return Case(
-        f"vocabulary {head}{variant} {shape}", vocabulary_kernel, signature, constexprs, options,
-        chips=(chip,), divisible=("vocabulary",), mma=True,
-    )  # fmt: skip

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import checks
-from prime_kernels.dispatch import resolve
+from prime_kernels.dispatch import operator, resolve
 from prime_kernels.linear_torch import compute_dtype, kept_dtype
 from prime_kernels.reference import PolicyLoss, PrmLoss
 
@@ -121,7 +121,7 @@ def linear_prm_loss(
 # Each operator also returns the gradients of hidden, weight and bias, (0,) in the place of one that is not wanted.
 
 
-@torch.library.custom_op("prime_kernels::linear_policy_loss", mutates_args=())
+@operator("linear_policy_loss")
 def _policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -155,7 +155,7 @@ def _(hidden, weight, bias, targets, old, advantage, token_weight, ref, low, hig
     return loss, logprob, torch.empty_like(logprob), clip_fraction, approx_kl, *_like(hidden, weight, bias, grads)
 
 
-@torch.library.custom_op("prime_kernels::linear_prm_loss", mutates_args=())
+@operator("linear_prm_loss")
 def _prm_loss(
     hidden: Tensor,
     weight: Tensor,

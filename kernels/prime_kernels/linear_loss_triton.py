@@ -25,6 +25,8 @@ from prime_kernels.linear_logprob_triton import (
 from prime_kernels.reference import MAX_LOG_RATIO
 
 LIMIT = tl.constexpr(MAX_LOG_RATIO)
+# Read a number at a time: a kernel for each alignment of theirs would be compiled anew for every other packing
+PER_ROW = ["stats", "targets", "old", "advantage", "token_weight", "ref", "dlogprob", "dentropy", "logprob", "entropy"]
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def policy_gradient(logprob, old, advantage, ref, row, low, high, kl_coef):
     return gradient
 
 
-@triton.jit(do_not_specialize=["stat_rows"])
+@triton.jit(do_not_specialize=[*PER_ROW, "stat_rows"])
 def row_kernel(
     logits, stats, bias, targets, old, advantage, token_weight, ref, dlogprob, dentropy,
     logprob, entropy, dlogits,
@@ -144,7 +146,7 @@ class Rows:
         self.bias = None if bias is None else bias.contiguous()
         self.temperature, self.softcap = temperature, softcap
         self.operand = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
-        self.streams = tune.path(hidden.shape[1]) == "fused"
+        self.streams = tune.path(tune.chip(hidden.device), hidden.shape[1], self.operand) == "fused"
         self.chunk_rows, self.logit_rows = tune.gpu_rows(in_place=self.operand == torch.float32)
 
     def padded(self, rows: int) -> int:
@@ -168,7 +170,7 @@ def rows(
     *, vocabulary: int, temperature: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """Launch the row kernel on len(targets) rows of contiguous float32 logits (or stats), see there."""
-    policy = gradient if isinstance(gradient, Policy) else Policy(None, None, None, None, 0, 0, 0, 0)
+    policy = gradient if isinstance(gradient, Policy) else Policy(None, None, None, None, 0.0, 0.0, 0.0, 0.0)
     upstream = gradient if isinstance(gradient, Upstream) else Upstream()
     if len(targets):
         row_kernel[len(targets),](
@@ -184,36 +186,3 @@ def rows(
 logprob = partial(linear_fused.logprob, Rows), partial(linear_fused.logprob_backward, Rows)
 policy_loss = partial(linear_fused.policy_loss, Rows)
 prm_loss = partial(linear_fused.prm_loss, Rows)
-
-
-def compile_cases() -> list:
-    from prime_kernels.compile_check import Case
-
-    pointers = {"logits": "*fp32", "targets": "*i64", "logprob": "*fp32"}
-    numbers = ("inverse_temperature", "low", "high", "kl_coef")
-    scalars = {"stat_rows": "i32", "vocabulary": "i32"} | {name: "fp32" for name in numbers}
-    given = {"entropy": "*fp32"}
-    entropy_gradient = given | {"dentropy": "*fp32", "dlogprob": "*fp32"}
-    policy = given | {name: "*fp32" for name in ("old", "advantage", "token_weight")}
-    everything = policy | {"ref": "*fp32", "entropy_coef": "fp32", "bias": "*bf16", "softcap": "fp32"}
-    optional = {
-        "log-probs": {},
-        "log-probs and entropy": given,
-        "prm": {"dlogits": "*bf16"},
-        "upstream": entropy_gradient | {"dlogits": "*bf16"},
-        "policy": policy | {"dlogits": "*bf16"},
-        "policy, all terms": everything | {"dlogits": "*bf16"},
-        "policy float32": policy | {"dlogits": "*fp32"},
-    }
-    absent = ("stats", "bias", "old", "advantage", "token_weight", "ref", "dlogprob", "dentropy", "entropy", "dlogits")
-    absent += ("softcap", "entropy_coef")
-    found = []
-    for name, types in optional.items():
-        for splits in (0, 16):
-            signature = pointers | scalars | types | ({"stats": "*fp32"} if splits else {})
-            constexprs = {key: None for key in absent if key not in signature}
-            constexprs |= {"BLOCK": tune.ROW.block, "SPLITS": splits}
-            options = {"num_warps": tune.ROW.warps, "enable_fp_fusion": False}
-            case = f"row {name}{' from stats' if splits else ''}"
-            found.append(Case(case, row_kernel, signature, constexprs, options, divisible=("vocabulary",)))
-    return found

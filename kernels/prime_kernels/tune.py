@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-HEADS = {"7B": (3584, 152064), "1.5B": (1536, 151936), "SmolLM2": (576, 49152)}  # (H, V) that are compiled in checks
 PATHS = ("fused", "gemm")
+FUSED_HEADS = (128, 2048)  # hidden sizes of the vocabulary kernel: the smallest that fits, the largest that pays
 LOGIT_ROWS = 1024  # rows of float32 logits alive at once: 0.6 GB at V = 152k; every logits GEMM has exactly these
 CHUNK_ROWS = 4096  # rows of bfloat16 dlogits per gradient GEMM: 1.2 GB at V = 152k. Fewer, and reading and writing the
 # float32 weight gradient once a chunk shows beside the GEMM
@@ -41,12 +41,17 @@ ROW = Row(4096, 8)
 
 
 def chip(device: torch.device) -> int:
-    """80 or 90: whose configurations this device runs."""
-    return 90 if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9 else 80
+    """80 or 90: whose configurations this device runs. Hopper has its own; any other chip takes Ampere's."""
+    return 90 if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9 else 80
 
 
-def tile(chip: int, hidden: int, plain: bool) -> Tile:
+def tile(chip: int, hidden: int, operand: torch.dtype, plain: bool) -> Tile:
     """The widest tile that compiles without spills. `plain`: neither bias nor softcap, whose registers it lacks."""
+    if operand != torch.bfloat16 or hidden < FUSED_HEADS[0]:
+        raise ValueError(
+            f"PRIME_KERNELS_LOGITS is 'fused', which takes bfloat16 and hidden sizes from {FUSED_HEADS[0]} on, not "
+            f"{operand} and {hidden}: unset it or use 'gemm'"
+        )
     descriptors = chip >= 90 and hidden % 8 == 0  # TMA wants rows of a multiple of 16 bytes
     return Tile(BLOCK_ROWS, 256 if descriptors and plain else 128, 64, 16, 16, 8, 3, descriptors)
 
@@ -62,14 +67,16 @@ def cpu_rows(vocabulary: int) -> int:
     return int(os.environ.get("PRIME_KERNELS_CHUNK_ROWS") or max(CPU_GEMM_ROWS, CPU_LOGITS // vocabulary))
 
 
-def path(hidden: int) -> str:
+def path(chip: int, hidden: int, operand: torch.dtype) -> str:
     """Where logits come from, in every op alike, so that equal weights give equal bits whichever op computes them.
 
-    "fused": the vocabulary kernel, whose log-probs need no logits in memory. "gemm": cuBLAS, then the row kernel, which
-    re-reads the float32 logits: 20% of the GEMM's time at H = 3584 on an H200, 48% at H = 1536 by bandwidth.
-    PRIME_KERNELS_LOGITS overrides.
+    "fused": the vocabulary kernel, whose log-probs need no logits in memory; for bfloat16 on Hopper: elsewhere its
+    programs fill the chip badly or it lacks registers. "gemm": cuBLAS, then the row kernel, which re-reads the float32
+    logits: 20% of the GEMM's time at H = 3584 on an H100, 48% at H = 1536 by bandwidth. PRIME_KERNELS_LOGITS overrides.
     """
-    chosen = os.environ.get("PRIME_KERNELS_LOGITS") or ("gemm" if hidden > 2048 else "fused")
+    fits = chip == 90 and operand == torch.bfloat16 and hidden % 64 == 0
+    fits = fits and FUSED_HEADS[0] <= hidden <= FUSED_HEADS[1]
+    chosen = os.environ.get("PRIME_KERNELS_LOGITS") or ("fused" if fits else "gemm")
     if chosen not in PATHS:
         raise ValueError(f"PRIME_KERNELS_LOGITS is {chosen!r}, needs one of {', '.join(PATHS)}")
     return chosen
