@@ -50,7 +50,8 @@ def mismatch(model: torch.nn.Module, prompts: list, results: list, device: torch
         log_ratios.append(own - sample.logprob)
     log_ratio = torch.cat(log_ratios).double()
     kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
-    return {"mismatch_kl": kl, "mismatch_max": log_ratio.abs().max().item()}
+    difference = log_ratio.abs()
+    return {"mismatch_kl": kl, "mismatch_mean": difference.mean().item(), "mismatch_max": difference.max().item()}
 
 
 def used_gib() -> float:

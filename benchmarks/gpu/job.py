@@ -1,15 +1,12 @@
 """One stage: named items in the order of their worth, each result on disk as soon as it is there.
 
-    python -m benchmarks.gpu.job STAGE FOLDER SECONDS SETTINGS
-
-is what the driver runs, in a process of its own. FOLDER/STAGE.json holds a record: `made_by` (what the numbers are
-of), `planned` (the items' names), `items` (name -> result, {"skipped": why} or {"error": text}), `running` (started,
-not finished) and `seconds` (of all calls together). A stage continues where its record ends.
+FOLDER/STAGE.json holds a record: `made_by` (what the numbers are of), `planned` (the items' names), `items` (name ->
+result, {"skipped": why} or {"error": text}), `running` (started, not finished) and `seconds` (of all calls together). A
+stage continues where its record ends.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -181,16 +178,3 @@ def write(path: Path, record: dict[str, Any]) -> None:
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(beside, path)
-
-
-def main(stage: str, folder: str, seconds: str, settings: str) -> None:
-    job = Job(Path(folder, f"{stage}.json"), json.loads(settings), float(seconds))
-    try:
-        importlib.import_module(f"benchmarks.gpu.{stage}").run(job)
-    except Exception:  # noqa: BLE001  the stage's own error, for its record
-        job.record["error"] = traceback.format_exc(limit=-3)[-3000:].strip()
-    job.save()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
