@@ -179,11 +179,12 @@ def run(number: int, stage: Stage, out: Path, settings: dict, environment: dict,
     print(f"{head}: {stage.what}, {limit:.0f} s at most", flush=True)
     ends, tried = time.monotonic() + limit, []
     while (left := ends - time.monotonic()) > 0:
-        command = [sys.executable, "-m", "benchmarks.gpu.work", stage.name, str(out), f"{left:.1f}"]
+        module = f"{stage.package}.{stage.name}"
+        command = [sys.executable, "-m", "benchmarks.gpu.work", module, str(out), f"{left:.1f}"]
         code = supervise([*command, json.dumps(settings | {"tried": tried})], left + GRACE, environment)
         if code == 0 or not blame(path, stage, settings, code):
             break
-        tried = list(errors(read(path)))
+        tried = list(read(path)["items"])
     record = read(path)
     for name, text in errors(record).items():
         print(f"  FAILED {name}: {text.splitlines()[-1]}", flush=True)

@@ -1,4 +1,4 @@
-"""Stage 5: the vLLM engine as the trainer runs it: agreement, weight sync, sleep, and what follows a kill."""
+"""Stage 5: the vLLM engine as the trainer drives it: agreement, weight sync, sleep, and what follows a kill."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ class Bench:
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
-    def engine(self) -> Any:
+    def fleet(self) -> Any:
         from prime_fast.config import Config
         from prime_fast.rollout import make_engine
+        from prime_fast.rollout.fleet import Fleet
 
         if self.starting:
             raise Skipped("the engine did not start: see the item before")
@@ -85,7 +86,7 @@ class Bench:
         began = time.perf_counter()
         engine = make_engine(config, path, [], self.model.dtype, self.device)
         self.start_seconds = time.perf_counter() - began
-        return engine
+        return Fleet(engine, self.model.named_parameters)
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -93,47 +94,53 @@ class Bench:
         shape = (4, 8) if self.job.small else (PROMPTS, PROMPT)
         return torch.randint(self.model.config.vocab_size, shape, generator=generator).tolist()
 
+    def requests(self) -> list[Any]:
+        from prime_fast.rollout import Request
+
+        seeds = [[1000 * i + k for k in range(SAMPLES)] for i in range(len(self.prompts))]
+        return [Request(i, tuple(p), seeds[i], self.tokens, 1.0) for i, p in enumerate(self.prompts)]
+
     def compare(self, stale: bool = False) -> dict:
         """Samples of every prompt, their log-probs against a plain forward of the weights here: as close as the trainer
         asks, or, where the engine's are stale, not."""
+        began = time.perf_counter()
+        results = self.fleet.generate(self.requests())
+        seconds = time.perf_counter() - began
+        tokens = sum(len(sample.tokens) for row in results.values() for sample in row)
+        return self.judged(results, stale) | {"tokens_per_second": tokens / seconds}
+
+    def judged(self, results: dict[int, list], stale: bool = False) -> dict:
         from benchmarks.rollout import mismatch
         from prime_fast.passes import AGREEMENT
 
-        seeds = [[1000 * i + k for k in range(SAMPLES)] for i in range(len(self.prompts))]
-        began = time.perf_counter()
-        results = self.engine.generate(self.prompts, seeds, max_tokens=self.tokens, temperature=1.0)
-        seconds = time.perf_counter() - began
-        found = mismatch(self.model, self.prompts, results, self.device)
+        found = mismatch(self.model, self.prompts, [results[i] for i in range(len(self.prompts))], self.device)
         if (found["mismatch_mean"] <= AGREEMENT[self.model.dtype]) == stale:
             what = "hardly moved" if stale else "are not those it was given"
             raise RuntimeError(f"the engine's weights {what}, by its log-probs: {found}")
-        return found | {"tokens_per_second": sum(len(s.tokens) for row in results for s in row) / seconds}
+        return found
 
     def agreement(self) -> dict:
-        _ = self.engine
-        first = self.compare()
-        return {
-            "start_seconds": self.start_seconds,
-            "first_tokens_per_second": first["tokens_per_second"],
-        } | self.compare()
+        first = {"first_tokens_per_second": self.compare()["tokens_per_second"], "start_seconds": self.start_seconds}
+        return first | self.compare()
 
     def sync(self) -> dict:
         """Every weight moved and sent, checked by its checksum on arrival and where it computes, and by its effect."""
-        _ = self.engine
         generator = torch.Generator(self.device).manual_seed(1)
         for parameter in self.model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, device=self.device)
             parameter += (parameter.float().std().clamp(min=1e-3) * noise).to(parameter.dtype)
         stale = self.compare(stale=True)["mismatch_mean"]
-        weights = dict(self.model.named_parameters())
         seconds = []
         for _ in range(SYNCS):
             began = time.perf_counter()
-            self.engine.load_weights(weights.items())  # raises where a checksum is not reproduced
+            self.fleet.sync()  # raises where a checksum is not reproduced
             seconds.append(time.perf_counter() - began)
-        size = sum(w.numel() * w.element_size() for w in weights.values())
-        found = {"first_seconds": seconds[0], "seconds": statistics.median(seconds[1:]), "gib": size / 2**30}
-        return found | {"tensors_checked": len(weights), "stale_mismatch_mean": stale} | self.compare()
+        found = {"first_seconds": seconds[0], "seconds_each": statistics.median(seconds[1:]), "gib": self.gib}
+        return found | {"stale_mismatch_mean": stale} | self.compare()
+
+    @property
+    def gib(self) -> float:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**30
 
     def sleep(self) -> dict:
         """Memory of the whole card before, during and after, and a tensor of what was given back."""
@@ -141,49 +148,41 @@ class Bench:
             raise Skipped("vLLM sleeps on a GPU alone")
         from benchmarks.rollout import used_gib
 
-        _ = self.engine
+        self.compare()
         torch.cuda.empty_cache()
-        before = used_gib()
-        began = time.perf_counter()
-        self.engine.sleep()
+        before, began = used_gib(), time.perf_counter()
+        self.fleet.sleep()
         slept, asleep = time.perf_counter() - began, used_gib()
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**30
-        if before - asleep < weights:
-            raise RuntimeError(f"sleep gave back {before - asleep:.1f} GiB, less than the weights' {weights:.1f}")
-        held = torch.empty(int(0.9 * (before - asleep) * 2**30), dtype=torch.uint8, device=self.device).fill_(1)
-        del held
+        if before - asleep < self.gib:
+            raise RuntimeError(f"sleep gave back {before - asleep:.1f} GiB, less than the weights' {self.gib:.1f}")
+        torch.empty(int(0.9 * (before - asleep) * 2**30), dtype=torch.uint8, device=self.device).fill_(1)
         torch.cuda.empty_cache()
         began = time.perf_counter()
-        self.engine.wake()
-        self.engine.load_weights(dict(self.model.named_parameters()).items())
+        self.fleet.wake()
+        self.fleet.sync()
         woke = time.perf_counter() - began
         found = {"awake_gib": before, "asleep_gib": asleep, "sleep_seconds": slept, "wake_and_sync_seconds": woke}
         return found | self.compare() | {"awake_again_gib": used_gib()}
 
     def killed(self) -> dict:
-        """In the middle of its work, beside a trainer that holds memory: noticed, restarted, right again."""
-        from prime_fast.rollout import EngineDied, Request
-
-        _ = self.engine
-        held = None
+        """At work, beside a trainer that holds memory: the engine comes back, redoes its work and is right."""
+        self.compare()
+        held = 0
         if self.device.type == "cuda":
-            total = torch.cuda.mem_get_info()[1]
-            held = torch.empty(int(TRAINER * total), dtype=torch.uint8, device=self.device).fill_(1)
-        for key, prompt in enumerate(self.prompts):
-            self.engine.submit(Request(key, tuple(prompt), [key], self.tokens, 1.0))
-        os.kill(self.engine.process.pid, signal.SIGKILL)
-        began = time.perf_counter()
-        try:
-            while True:
-                self.engine.step()
-        except EngineDied as error:
-            noticed, text = time.perf_counter() - began, str(error)
-        self.engine.restart()
-        self.engine.load_weights(dict(self.model.named_parameters()).items())
-        found = {"noticed_seconds": noticed, "back_seconds": time.perf_counter() - began - noticed, "said": text}
-        found |= {"held_gib": held.numel() / 2**30 if held is not None else 0.0}
-        return found | self.compare()
+            held = int(TRAINER * torch.cuda.mem_get_info()[1])
+        block = torch.empty(held, dtype=torch.uint8, device=self.device).fill_(1)
+        self.fleet.submit(self.requests())
+        os.kill(self.fleet.engine.process.pid, signal.SIGKILL)
+        results, began = {}, time.perf_counter()
+        while len(results) < len(self.prompts):
+            results |= dict(self.fleet.step())
+        seconds = time.perf_counter() - began
+        if self.fleet.restarts != 1:
+            raise RuntimeError(f"the engine was restarted {self.fleet.restarts} times, not once")
+        self.fleet.settled()
+        del block
+        return {"restart_and_work_seconds": seconds, "held_gib": held / 2**30} | self.judged(results)
 
     def close(self) -> None:
-        if "engine" in self.__dict__:
-            self.engine.close()
+        if "fleet" in self.__dict__:
+            self.fleet.close()

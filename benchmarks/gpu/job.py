@@ -32,10 +32,11 @@ LOST = 75  # exit code of a stage whose GPU context is spoiled: it goes on in a 
 
 
 class Stage(NamedTuple):
-    name: str  # of its module and of its JSON
+    name: str  # of its JSON
     seconds: float  # its limit
     what: str
     sources: tuple[str, ...]  # what its numbers are of, beside its own module: files and folders of the tree
+    package: str = "benchmarks.gpu"  # where its module is
 
 
 PEERS = ("benchmarks/lm_head.py", "benchmarks/peers.py", "benchmarks/advantage.py")

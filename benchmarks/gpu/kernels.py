@@ -36,7 +36,7 @@ class Worker:
     def __init__(self, job: Job, files: tuple[str, ...], tests: list[str], told: queue.Queue) -> None:
         self.tests, self.current, self.done = tests, None, set()
         command = [sys.executable, "-m", "benchmarks.gpu.recorder", *files]
-        environment = os.environ | {"PRIME_KERNELS_TEST_DEVICE": job.device}
+        environment = os.environ | {"PRIME_KERNELS_TEST_DEVICE": job.device, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

@@ -8,6 +8,7 @@ spoiled ends after it, for every test that follows would fail.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import pytest
 from benchmarks.gpu.job import LOST, spoiled
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
-OPTIONS += ["-o", "timeout=60", "-o", "timeout_method=thread"]  # of pytest-timeout: a test that hangs loses its worker
+TIMEOUT = ["-p", "pytest_timeout", "-o", "timeout=60", "-o", "timeout_method=thread"]  # a hanging test loses its worker
 ERROR_TEXT = 1500  # characters kept of a failure, from its end
 
 
@@ -61,7 +62,8 @@ def main(files: list[str]) -> None:
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what pytest prints is not for whoever reads the lines
     recorder = Recorder(json.loads(sys.stdin.readline()), lines)
-    pytest.main([*OPTIONS, *files], plugins=[recorder])
+    timeout = TIMEOUT if importlib.util.find_spec("pytest_timeout") else []
+    pytest.main([*OPTIONS, *timeout, *files], plugins=[recorder])
 
 
 if __name__ == "__main__":

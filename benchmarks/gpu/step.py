@@ -64,12 +64,10 @@ def items(job: Job, folder: Path) -> Iterator[Item]:
 
 def apart(job: Job, spec: dict[str, Any]) -> dict:
     command = [sys.executable, "-m", "benchmarks.gpu.step", json.dumps(spec)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=max(1.0, job.left))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, job.left))
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     if done.returncode or not lines:
-        raise RuntimeError(f"exit code {done.returncode} after {len(lines)} cases: {done.stdout[-1000:]}")
-    if problem := next((line["does_not_fit"] for line in lines if "does_not_fit" in line), None):
-        raise Skipped(problem)
+        raise RuntimeError(f"exit code {done.returncode} after {len(lines)} cases: {done.stderr[-1500:]}")
     return {"cases": lines}
 
 
@@ -86,9 +84,6 @@ def main(spec: dict[str, Any]) -> None:
     if not model.exists():
         write_model(model, spec["shape"], spec["device"])
     config = configuration(spec, model, max(length for length, _ in spec["rows"]))
-    if problem := too_large(config, spec["device"]):
-        print(json.dumps({"case": spec["shape"], "does_not_fit": problem}), flush=True)
-        return
     began = time.perf_counter()
     device = zero.start()
     trainer = Trainer(config, device, preflight.Inputs(None, (0,), [{"prompt_ids": [1]}], None))
@@ -183,10 +178,13 @@ class Given:
 def summary(
     spec: dict, length: int, count: int, record: dict, trainer: Any, peak: float, started: float
 ) -> dict[str, Any]:
+    def under(prefix: str) -> dict[str, float]:
+        return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+
     shape = trainer.policy.lm.config
     units = {"policy": 3} | ({"reference": 1, "prm": 3} if spec["algorithm"] == "PRIME" else {})
     forward = flops(shape, length, count)
-    seconds = {name.split("/")[1]: value for name, value in record.items() if name.startswith("seconds/")}
+    seconds = under("seconds/")
     rates = {name: unit * forward / seconds[name] / 1e12 / peak for name, unit in units.items()}
     found = {
         "case": f"{spec['shape']} {spec['algorithm']} {length}",
@@ -201,10 +199,9 @@ def summary(
         "peak_tflops": peak,
         "mfu": sum(units.values()) * forward / record["seconds"] / 1e12 / peak,
         "mfu_of_phases": rates,
-        "measured_gib": record["peak_memory_gib"],
-        "predicted_gib": predicted_gib(trainer.config),
-        "memory": {name: value for name, value in record.items() if name.startswith(("memory/", "memory_plan/"))},
-        "kernels": {name: value for name, value in record.items() if name.startswith("kernel/")},
+        "measured_gib": under("memory/") or {"step": record["peak_memory_gib"]},
+        "planned_gib": under("memory_plan/"),
+        "kernels": under("kernel/"),
     }
     if torch.cuda.is_available():
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -219,20 +216,6 @@ def flops(shape: Any, length: int, count: int) -> float:
     layer = 2 * (projections + 3 * size * shape.intermediate_size) + 4 * heads * head_size * length / 2
     head = 2 * size * shape.vocab_size * (1 - 1 / PROMPT_SHARE)
     return count * length * (layers * layer + head)
-
-
-def predicted_gib(config: Any) -> float:
-    """Of the GPU, by the trainer's own plan."""
-    from prime_fast.views.plan import memory_plan
-
-    return sum(item.gib for item in memory_plan(config, 1) if item.place == "GPU")
-
-
-def too_large(config: Any, device: str) -> str | None:
-    if device == "cpu":
-        return None
-    needs, has = predicted_gib(config), torch.cuda.mem_get_info()[0] / 2**30
-    return f"the memory plan asks for {needs:.0f} GiB, {has:.0f} are free on this card" if needs > has else None
 
 
 if __name__ == "__main__":

@@ -97,20 +97,25 @@ def kernels(found: dict) -> list[str]:
 def heads(found: dict) -> list[str]:
     from benchmarks import advantage, lm_head
 
-    parts = [lm_head.table(item["rows"]) for name, item in found.items() if name != "advantage"]
+    rows = [row for name, item in found.items() if name != "advantage" for row in item["rows"]]
+    absent = {row["peer"] for row in rows if row.get("note", "").startswith("ModuleNotFoundError")}
+    parts = [lm_head.table([row for row in rows if row["peer"] not in absent])] if rows else []
+    parts += [f"Not installed: {', '.join(sorted(absent))}."] if absent else []
     return parts + ([advantage.table(found["advantage"]["rows"])] if "advantage" in found else [])
 
 
 def step(found: dict) -> list[str]:
-    names = ["case", "step s", *PHASES, "tokens/s", "MFU", "GiB", "planned GiB"]
-    rows = []
+    names = ["case", "step s", *PHASES, "tokens/s", "MFU"]
+    rows, memory = [], []
     for case in cases(found):
         phases = [f"{case['seconds'][name]:.2f}" if name in case["seconds"] else "" for name in PHASES]
         speed = [f"{case['tokens_per_second']:.0f}", f"{case['mfu']:.3f}"]
-        memory = [f"{case['measured_gib']:.1f}", f"{case['predicted_gib']:.1f}"]
-        rows.append([case["case"], f"{case['step_seconds']:.2f}", *phases, *speed, *memory])
+        rows.append([case["case"], f"{case['step_seconds']:.2f}", *phases, *speed])
+        plan = case["planned_gib"]
+        for phase, gib in case["measured_gib"].items():
+            memory.append([case["case"], phase, f"{gib:.1f}", f"{plan[phase]:.1f}" if phase in plan else ""])
     note = "Rows are given, not sampled. MFU is of the GEMM peak of the same process, recomputation not credited."
-    return [grid(names, rows), note] if rows else []
+    return [grid(names, rows), note, grid(["case", "phase", "peak GiB", "planned GiB"], memory)] if rows else []
 
 
 def cases(found: dict) -> list[dict]:
