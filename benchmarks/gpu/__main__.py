@@ -184,7 +184,7 @@ def run(number: int, stage: Stage, out: Path, settings: dict, environment: dict,
         code = supervise([*command, json.dumps(settings | {"tried": tried})], left + GRACE, environment)
         if code == 0 or not blame(path, stage, settings, code):
             break
-        tried = list(read(path)["items"])
+        tried = read(path)["tried"]
     record = read(path)
     for name, text in errors(record).items():
         print(f"  FAILED {name}: {text.splitlines()[-1]}", flush=True)
@@ -211,7 +211,8 @@ def blame(path: Path, stage: Stage, settings: dict, code: int | None) -> bool:
     record = read(path)
     how = "was cut off at the stage's limit" if code is None else f"lost its process (exit code {code})"
     if record.get("made_by") != settings["made_by"]:
-        write(path, {"stage": stage.name, "made_by": settings["made_by"], "seconds": 0.0, "items": {}, "error": how})
+        empty = {"stage": stage.name, "made_by": settings["made_by"], "seconds": 0.0, "items": {}, "tried": []}
+        write(path, empty | {"error": f"the stage {how}"})
         return False
     running = [name for name in record["running"] if not has_result(record["items"].get(name))]
     record["items"] |= {name: {"error": f"{name} {how}"} for name in running}

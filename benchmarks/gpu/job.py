@@ -1,8 +1,8 @@
 """One stage: named items in the order of their worth, each result on disk as soon as it is there.
 
 FOLDER/STAGE.json holds a record: `made_by` (what the numbers are of), `planned` (the items' names), `items` (name ->
-result, {"skipped": why} or {"error": text}), `running` (started, not finished) and `seconds` (of all calls together). A
-stage continues where its record ends.
+result, {"skipped": why} or {"error": text}), `running` (started, not finished), `tried` (started in the latest call),
+`seconds` (of all calls together). A stage continues where its record ends.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,8 +63,8 @@ class Item(NamedTuple):
 @dataclass
 class Job:
     path: Path
-    settings: dict[str, Any]  # device, small, made_by, what the user gave, what failed already in this call (tried)
-    seconds: float = float("inf")  # for this call
+    settings: dict[str, Any]  # device, small, made_by, what the user gave, what was tried already in this call
+    seconds: float = 86400.0  # for this call
     record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,7 +72,7 @@ class Job:
         self.record = read(self.path)
         if self.record.get("made_by") != self.settings["made_by"]:  # numbers of other code or another machine
             self.record = {"stage": self.path.stem, "made_by": self.settings["made_by"], "seconds": 0.0}
-        self.record |= {"planned": [], "running": []}
+        self.record |= {"planned": [], "running": [], "tried": list(self.settings.get("tried", []))}
         self.record.setdefault("items", {})
         self.record.pop("error", None)
         self.before = self.record["seconds"]
@@ -94,18 +93,16 @@ class Job:
     def plan(self, names: Iterable[str]) -> list[str]:
         """What this call has to do: items without a result, or with an error or a reason that may be gone by now."""
         self.record["planned"] += names
-        tried = self.settings.get("tried", ())
-        items = self.record["items"]
+        items, tried = self.record["items"], self.record["tried"]
         return [name for name in self.record["planned"] if not has_result(items.get(name)) and name not in tried]
 
-    @contextmanager
-    def running(self, name: str) -> Iterator[None]:
+    def start(self, name: str) -> None:
         self.record["running"].append(name)
+        self.record["tried"].append(name)
         self.save()
-        yield
-        self.record["running"].remove(name)
 
     def put(self, name: str, result: dict[str, Any]) -> None:
+        self.record["running"] = [other for other in self.record["running"] if other != name]
         self.record["items"][name] = result
         self.save()
 
@@ -121,8 +118,8 @@ class Job:
             if item.name not in wanted or item.seconds > self.left:
                 continue
             start = time.monotonic()
-            with self.running(item.name):
-                result = attempt(item.run)
+            self.start(item.name)
+            result = attempt(item.run)
             self.put(item.name, {"seconds": round(time.monotonic() - start, 1)} | result)
             said = result.get("error", result.get("skipped", "ok")).splitlines()
             print(f"  {item.name}: {said[-1] if said else 'error'} ({time.monotonic() - start:.0f} s)", flush=True)

@@ -90,12 +90,10 @@ def note(job: Job, worker: Worker, line: dict) -> None:
     if "result" in line:
         worker.current = None
         worker.done.add(test)
-        job.record["running"] = [name for name in job.record["running"] if name != test]
         job.put(test, line["result"])
     else:
         worker.current = test
-        job.record["running"].append(test)
-        job.save()
+        job.start(test)
 
 
 def ended(job: Job, worker: Worker) -> list[str]:

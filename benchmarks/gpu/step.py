@@ -73,16 +73,16 @@ def apart(job: Job, spec: dict[str, Any]) -> dict:
 
 def main(spec: dict[str, Any]) -> None:
     """In a process of its own: a JSON line for each length of row."""
-    from prime_fast import preflight
-    from prime_fast.engine import zero
-    from prime_fast.metrics import MetricsLog, read_metrics
-    from prime_fast.trainer import Trainer
-
     square = 128 if spec["shape"] == "tiny" else PEAK
     peak = tflops(spec["device"], square, square, square)
     model = Path(spec["folder"], spec["shape"])
     if not model.exists():
         write_model(model, spec["shape"], spec["device"])
+    from prime_fast import preflight
+    from prime_fast.engine import zero
+    from prime_fast.metrics import MetricsLog, read_metrics
+    from prime_fast.trainer import Trainer
+
     config = configuration(spec, model, max(length for length, _ in spec["rows"]))
     began = time.perf_counter()
     device = zero.start()
