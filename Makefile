@@ -23,7 +23,7 @@ PY := $(VENV)/bin/python
 CLI := $(PY) -m prime_fast
 READY := $(VENV)/.ready
 
-.PHONY: env quickstart test lint clean
+.PHONY: env quickstart test gpu lint clean
 
 env: $(READY)
 
@@ -46,6 +46,11 @@ quickstart: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+# All that there is to measure on this NVIDIA machine, without a network: GPU_ARGS="--stages 1-4", --wheels, --again ...
+# Takes the environment of `make env` where there is one, else the python that has torch.
+gpu:
+	$(if $(wildcard $(READY)),$(PY),$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -26,10 +25,9 @@ from torch import Tensor
 
 import prime_kernels
 from benchmarks import advantage_loops
-from benchmarks.machine import cpu_name
+from benchmarks.machine import cpu_name, gpu_facts, results
 from prime_kernels import prime_advantage
 
-RESULTS = Path(__file__).parent / "results"
 K = 4
 BYTES = 16  # a token: two float32 log-probs in, advantage and token reward out
 SIZES = [2**16, 2**18, 2**20, 2**22, 2**23, 2**24]
@@ -112,11 +110,14 @@ def cpu(rounds: int) -> list[dict]:
     return rows
 
 
-# ---- on a GPU
+# ---- as a share of the copy bandwidth
 
 
-def event_timer(scratch: Tensor) -> Timer:
-    """Device seconds of a call, from a cold L2 cache."""
+def timer(device: str) -> Timer:
+    """Seconds of a call; on a GPU device seconds, from a cold L2 cache."""
+    if device == "cpu":
+        return wall
+    scratch = torch.empty(2**26, device=device)
 
     def timed(call: Callable) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -161,38 +162,37 @@ def gae(arguments: list[Tensor]) -> Callable | None:
     return lambda: compute_gae(rewards, values, ends, gamma=1.0, lambda_=1.0)
 
 
-def copy_bandwidth(timed: Timer, rounds: int) -> float:
-    """Bytes a second, read and written, of a copy of 1 GB."""
-    source, target = torch.empty(2, 2**28, device="cuda")
-    seconds = in_turns({"copy": lambda: target.copy_(source)}, timed, rounds)["copy"]
+def copy_bandwidth(device: str, rounds: int, numbers: int = 2**28) -> float:
+    """Bytes a second, read and written, of a copy of float32 numbers, 1 GB unless said otherwise."""
+    source, target = torch.empty(2, numbers, device=device)
+    seconds = in_turns({"copy": lambda: target.copy_(source)}, timer(device), rounds)["copy"]
     return 2 * source.numel() * 4 / statistics.median(seconds)
 
 
-def gpu(rounds: int, device: str = "cuda") -> list[dict]:
-    """One row a candidate and size; `share` of the copy bandwidth of the same run, at 16 bytes a token."""
-    timed = event_timer(torch.empty(2**26, device=device))
-    bandwidth = copy_bandwidth(timed, rounds)
-    usable = [name for name in ("cuda", "triton") if prime_kernels.backends()["prime_advantage"][name] == "ok"]
-    check({name: ours(name) for name in (*usable, "torch")}, batch(64, 4000, device))
-    compiled = torch.compile(prime_kernels.reference.advantage)
+def compare(rounds: int, device: str, sizes: list[int]) -> list[dict]:
+    """One row a candidate and size, in rows of 2048 tokens; `share` of the copy bandwidth of the same run, at 16 bytes
+    a token. On a GPU the kernels are replayed as graphs."""
+    cuda, timed = device == "cuda", timer(device)
+    bandwidth = copy_bandwidth(device, rounds, 2**28 if cuda else 2**20)
+    states = prime_kernels.backends()["prime_advantage"]
+    usable = [name for name in (("cuda", "triton") if cuda else ("cpu",)) if states[name] == "ok"]
+    check({name: ours(name) for name in (*usable, "torch")}, batch(64, 4000 if cuda else 100, device))
     options = {"beta": 0.05, "gamma": 1.0, "outcome_gamma": 1.0, "process_weight": 1.0, "outcome_weight": 1.0}
     options |= {"estimator": "rloo", "form": "run", "normalize": "batch", "whiten": True, "process_group": None}
-    eager = functools.partial(prime_kernels.reference.advantage, **options)
-    compiled = functools.partial(compiled, **options)
+    rivals = {"torch eager": prime_kernels.reference.advantage}
+    rivals |= {"torch.compile": torch.compile(prime_kernels.reference.advantage)} if cuda else {}
     rows = []
-    for size in SIZES:
+    for size in sizes:
         arguments = batch(size // 2048, 2048, device, shortest=2048)
-        calls = {name: captured(functools.partial(ours(name), *arguments)) for name in usable}
-        calls["torch eager"] = functools.partial(eager, *arguments)
-        calls["torch.compile"] = functools.partial(compiled, *arguments)
-        calls["rl_triton GAE"] = gae(arguments)
-        calls = {name: call for name, call in calls.items() if call}
-        seconds = in_turns(calls, timed, rounds)
-        for name, s in seconds.items():
+        plain = {name: functools.partial(ours(name), *arguments) for name in usable}
+        plain |= {name: functools.partial(call, *arguments, **options) for name, call in rivals.items()}
+        plain |= {"rl_triton GAE": padded} if (padded := gae(arguments)) else {}
+        calls = {name: captured(call) if cuda and name in usable else call for name, call in plain.items()}
+        for name, s in in_turns(calls, timed, rounds).items():
             median = statistics.median(s)
             row = {"candidate": name, "tokens": size, "rows": size // 2048, "us": 1e6 * median, "min_us": 1e6 * min(s)}
-            call = functools.partial(ours(name), *arguments) if name in usable else calls[name]
-            rows.append(row | {"share": share(size, median, bandwidth), "launches": launches(call)})
+            row |= {"share": share(size, median, bandwidth)}
+            rows.append(row | {"launches": launches(plain[name])} if cuda else row)
     return [{"candidate": "copy", "gb_per_s": bandwidth / 1e9}, *rows]
 
 
@@ -203,7 +203,7 @@ def share(tokens: int, seconds: float, bandwidth: float) -> float:
 def machine(device: str) -> dict:
     facts = {"torch": torch.__version__, "python": platform.python_version(), "load_average": os.getloadavg()[0]}
     if device == "cuda":
-        return facts | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        return facts | gpu_facts()
     return facts | {"device": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
@@ -222,12 +222,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2 if arguments.device == "cpu" else torch.get_num_threads())
     facts = machine(arguments.device)
-    rows = {"cpu": cpu, "cuda": gpu}[arguments.device](arguments.rounds)
+    rows = cpu(arguments.rounds) if arguments.device == "cpu" else compare(arguments.rounds, "cuda", SIZES)
     note = arguments.note
     if facts["load_average"] > QUIET:
         note = f"{note} load average {facts['load_average']:.1f} at the start: other jobs shared the machine".strip()
-    name = "cpu" if arguments.device == "cpu" else re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    out = arguments.out or RESULTS / name
+    out = arguments.out or results(arguments.device)
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": " ".join(sys.argv[1:]), "note": note, "machine": facts, "rows": rows}
     (out / "advantage.json").write_text(json.dumps(record, indent=1) + "\n")

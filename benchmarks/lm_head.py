@@ -24,14 +24,12 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 import prime_kernels
 from benchmarks import peers
-from benchmarks.machine import cpu_name, installed
+from benchmarks.machine import cpu_name, gpu_facts, installed, results
 from prime_kernels.tune import HEADS
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "trl", "quack-kernels")
 CHECKED_ROWS = 64  # log-probs compared with float64
 
@@ -105,8 +103,11 @@ class Clock:
         return time.perf_counter() - wall, time.process_time() - busy
 
 
-def measure(op: str, head: str, tokens: int, device: str, rounds: int, names: list[str]) -> list[dict]:
-    size, vocabulary = HEADS[head]
+def measure(
+    op: str, head: str, tokens: int, device: str, rounds: int, names: list[str], *, shapes=None, seconds=float("inf")
+) -> list[dict]:
+    """A row a peer. Rounds end early once they have taken `seconds`. shapes: (H, V) by name, HEADS unless given."""
+    size, vocabulary = (shapes or HEADS)[head]
     p = peers.problem(size, vocabulary, tokens, device, torch.bfloat16 if device == "cuda" else torch.float32)
     exact = float64_logprob(p)
     clock, steps, rows = Clock(device), {}, []
@@ -123,11 +124,13 @@ def measure(op: str, head: str, tokens: int, device: str, rounds: int, names: li
         except Exception as error:  # noqa: BLE001  whatever stops a peer is its row
             row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         clear(p)
-    times = {name: [] for name in steps}
+    times, began = {name: [] for name in steps}, time.perf_counter()
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(clock(step))
             clear(p)
+        if time.perf_counter() - began > seconds:
+            break
     for row in rows:
         if row["peer"] in times:
             wall, busy = zip(*times[row["peer"]], strict=True)
@@ -139,7 +142,8 @@ def measure(op: str, head: str, tokens: int, device: str, rounds: int, names: li
             }
             if device == "cpu":
                 row |= {"cpu_ms": 1e3 * summary(list(busy))[0]}
-                row["extra_mb"] = cpu_memory(op, head, tokens, row["peer"])
+                if shapes is None:  # the process that measures it knows HEADS alone
+                    row["extra_mb"] = cpu_memory(op, head, tokens, row["peer"])
     return with_shares(rows)
 
 
@@ -191,9 +195,7 @@ def memory_status(field: str) -> int:
 def machine(device: str) -> dict:
     facts = {"python": platform.python_version(), "packages": {name: installed(name) for name in PACKAGES}}
     if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv"]
-        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        facts |= {"nvidia_smi": subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[-1:]}
+        facts |= gpu_facts()
     else:
         facts |= {"device": cpu_name(), "threads": torch.get_num_threads()}
         facts |= {"load_average": os.getloadavg(), "cores": os.cpu_count()}
@@ -202,6 +204,8 @@ def machine(device: str) -> dict:
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
     """One panel a case: the share of the bare GEMMs' speed of every peer that ran."""
+    from matplotlib.figure import Figure  # a machine that only measures may lack it
+
     cases = list(dict.fromkeys(map(key, rows)))
     figure = Figure(figsize=(7, 0.6 + 2.6 * len(cases)), layout="constrained")
     axes = figure.subplots(len(cases), squeeze=False)[:, 0]
@@ -246,8 +250,7 @@ def main() -> None:
                 found = measure(op, head, tokens, arguments.device, arguments.rounds or (20 if cuda else 5), fit)
                 print(table(found), flush=True)
                 rows += found
-    name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-") if cuda else "cpu"
-    out = arguments.out or RESULTS / name
+    out = arguments.out or results(arguments.device)
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": " ".join(sys.argv[1:]), "note": arguments.note, "machine": facts, "rows": rows}
     (out / "lm_head.json").write_text(json.dumps(record, indent=1) + "\n")

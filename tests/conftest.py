@@ -1,11 +1,15 @@
+from __future__ import annotations
+
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from prime_fast.config import Config, load_config
+if TYPE_CHECKING:  # tests of the kernels run where the trainer's packages are missing
+    from prime_fast.config import Config
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info):
@@ -54,6 +58,8 @@ sft: {{data: {root}/rows.jsonl, steps: 2, mini_batch: 4}}
 
 @pytest.fixture
 def configure(workspace, tmp_path):
+    from prime_fast.config import load_config
+
     def make(*overrides: str, run_dir: str = "run") -> Config:
         return load_config(workspace / "config.yaml", [f"run_dir={tmp_path / run_dir}", *overrides])
 

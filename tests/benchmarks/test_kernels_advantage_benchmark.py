@@ -52,22 +52,13 @@ def test_share_of_the_copy_bandwidth():
     assert bench.share(tokens=10**6, seconds=1e-3, bandwidth=16e9) == pytest.approx(1.0)
 
 
-def test_the_gpu_table_has_every_candidate(monkeypatch):
-    """The GPU's path with the clock, graphs and profiler of a CPU."""
-    monkeypatch.setattr(bench, "SIZES", [2**13])
-    monkeypatch.setattr(bench, "event_timer", lambda scratch: bench.wall)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda timed, rounds: 1e9)
-    monkeypatch.setattr(bench, "captured", lambda call: call)
-    monkeypatch.setattr(bench, "launches", lambda call: 1)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    status = {"prime_advantage": {"cuda": "ok", "triton": "no Triton", "cpu": "ok", "torch": "ok"}}
-    monkeypatch.setattr(bench.prime_kernels, "backends", lambda: status)
-    monkeypatch.setattr(bench, "ours", lambda backend, ours=bench.ours: ours("cpu"))
-    copy, *rows = bench.gpu(1, device="cpu")
-    assert copy["gb_per_s"] == 1
-    assert [row["candidate"] for row in rows] == ["cuda", "torch eager", "torch.compile"]
+def test_the_table_of_shares_has_every_candidate():
+    copy, *rows = bench.compare(1, "cpu", [2**13, 2**14])
+    assert [(row["candidate"], row["tokens"]) for row in rows] == [
+        (name, size) for size in (2**13, 2**14) for name in ("cpu", "torch eager")
+    ]
     for row in rows:
-        assert row["tokens"] == 2**13 and row["share"] == pytest.approx(16 * 2**13 / (row["us"] / 1e6) / 1e9)
+        assert row["share"] == pytest.approx(16 * row["tokens"] / (row["us"] / 1e6) / (copy["gb_per_s"] * 1e9))
 
 
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):

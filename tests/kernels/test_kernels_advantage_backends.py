@@ -1,7 +1,8 @@
 """prime_advantage on every back-end against the float64 reference.
 
 "cuda" is the CUDA kernel itself, compiled for the host by tests/simt. "triton" needs Triton's interpreter, chosen when
-Triton is imported: one test at the end runs this file again in a process that has it.
+Triton is imported: one test at the end runs this file again in a process that has it. On a GPU another runs it with
+PRIME_KERNELS_TEST_DEVICE=cuda: both kernels themselves, on copies of the arguments that lie there.
 """
 
 import ctypes
@@ -19,14 +20,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import on_device
 from test_kernels_advantage import CASES, batches, options, packed, permute, repack
 
 from prime_kernels import advantage, advantage_cuda, dispatch, prime_advantage
 
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETING else ["cpu", "cuda"]
-EXAMPLES = 12 if INTERPRETING else 40
+DEVICE = os.environ.get("PRIME_KERNELS_TEST_DEVICE", "")  # cuda; or cpu, which rehearses that
+BACKENDS = ["triton"] if INTERPRETING else {"cuda": ["cuda", "triton"], "cpu": ["cpu"]}.get(DEVICE, ["cpu", "cuda"])
+EXAMPLES = 12 if INTERPRETING or DEVICE == "cuda" else 40
 KINDS = [("rloo", "run"), ("rloo", "paper"), ("grpo", "run"), ("reinforce", "run")]
 
 
@@ -48,6 +51,10 @@ class Emulator:
 @pytest.fixture(scope="module", autouse=True)
 def emulator(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        if DEVICE:
+            patch.setitem(globals(), "prime_advantage", on_device(prime_advantage, DEVICE))
+            yield None
+            return
         if INTERPRETING:
             from prime_kernels import advantage_triton
 
@@ -182,7 +189,7 @@ def test_packing_order_of_long_rows_leaves_no_trace(backend):
     assert torch.equal(permute(straight.advantage, batch[3].diff().tolist(), order), shuffled.advantage)
 
 
-@pytest.mark.skipif(INTERPRETING, reason="of the CUDA kernel")
+@pytest.mark.skipif(INTERPRETING or bool(DEVICE), reason="of the emulated CUDA kernel")
 @pytest.mark.parametrize("kind", KINDS)
 def test_order_of_threads_and_number_of_blocks_leave_no_trace(emulator, kind):
     batch, results = ragged(LONG + [7, 9, 11], [5, -9, 5, -9, 5, -9, 8, 8, 8]), []
@@ -294,7 +301,7 @@ def _distributed(rank, path, halves, backend, queue):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(INTERPRETING, reason="the process group of one covers it")
+@pytest.mark.skipif(INTERPRETING or bool(DEVICE), reason="the process group of one covers it")
 def test_two_ranks_equal_one(tmp_path):
     lengths, group = [30, 20, 25, 15, 9, 40], [1, 2, 1, 2, 7, 7]
     batch = ragged(lengths, group)
@@ -332,7 +339,7 @@ def test_a_process_group_of_one_changes_nothing(backend, tmp_path, emulator):
             batch = ragged(LONG, LONG_GROUP)
             got = prime_advantage(*batch, process_group=dist.group.WORLD, **kwargs)
             torch.testing.assert_close(tuple(got), tuple(prime_advantage(*batch, **kwargs)), rtol=0, atol=1e-6)
-        if backend == "cuda":
+        if emulator and backend == "cuda":
             assert emulator.launches == launches + 3 * len(KINDS)  # two with a group, one without
         for batch, kwargs, message in BAD:
             with pytest.raises(ValueError, match=message):
@@ -354,7 +361,7 @@ def test_opcheck(backend, with_prm):
     )
 
 
-@pytest.mark.skipif(INTERPRETING, reason="the graph holds the op, whatever the back-end")
+@pytest.mark.skipif(INTERPRETING or bool(DEVICE), reason="the graph holds the op, whatever the back-end")
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_compiles_to_one_graph(backend):
     @torch.compile(fullgraph=True, dynamic=True)
@@ -371,9 +378,8 @@ def test_compiles_to_one_graph(backend):
         step(torch.tensor([0.0, float("nan")]), torch.zeros(2), torch.ones(2), torch.arange(3), torch.ones(2).long())
 
 
-@pytest.mark.skipif(INTERPRETING, reason="this is what runs it")
-def test_triton_in_the_interpreter():
-    pytest.importorskip("triton", reason="pip install triton==3.7.1")
+def run_again(**environment):
+    """This file in a process of its own."""
     command = [
         sys.executable,
         "-m",
@@ -387,6 +393,18 @@ def test_triton_in_the_interpreter():
         "no:cacheprovider",
         __file__,
     ]
-    done = processes.run(command, env=processes.environment(TRITON_INTERPRET="1"), timeout=900)
+    done = processes.run(command, env=processes.environment(**environment), timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50, done.stdout[-500:]
+
+
+@pytest.mark.skipif(INTERPRETING or bool(DEVICE), reason="this is what runs it")
+def test_triton_in_the_interpreter():
+    pytest.importorskip("triton", reason="pip install triton==3.7.1")
+    run_again(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(INTERPRETING or bool(DEVICE), reason="this is what runs it")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_this_gpu():
+    run_again(PRIME_KERNELS_TEST_DEVICE="cuda")

@@ -1,0 +1,1 @@
+"""Everything there is to measure on one NVIDIA GPU, in stages: see __main__.py."""
