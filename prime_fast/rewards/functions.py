@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prime_fast.data.shapes import ADDED, TRUTHS
+from prime_fast.data.shapes import ADDED, TRUTHS, decoded
 
 ABILITIES = {"math": ("math",), "code": ("code",), "auto": ("math", "code")}  # of the rows each built-in one scores
 ALIASES = {  # what rows call them, in any case
@@ -59,34 +59,41 @@ def ability_of(row: dict) -> Any:
 class RowCheck:
     """Raises ValueError, a sentence without its subject, for a row that a built-in reward cannot score.
 
-    tests: whether what holds the tests of code is looked into too; that they run is not known before a program does.
+    truths: whether the ground truth is looked at too, beyond that there is one. That tests of code run, no look tells.
     """
 
     reward: str
-    tests: bool = True
+    truths: bool = True
 
     def __call__(self, row: dict) -> None:
         known = abilities(self.reward)
-        ability = ability_of(row) or known[0]
+        ability, truth = ability_of(row) or known[0], truth_of(row)
         if ability not in known:
             fix = f'use "{ability}" or "auto"' if ability in ABILITIES["auto"] else OWN_REWARD
             raise ValueError(f'has ability "{ability}", which reward "{self.reward}" cannot score: {fix}')
-        truth = truth_of(row)
-        if truth is None or (isinstance(truth, str) and not truth.strip()):
-            columns = ", ".join(TRUTHS)
-            raise ValueError(f"has no reward_model.ground_truth (nor a truth in one of the columns {columns})")
-        if ability == "math" and (not isinstance(truth, str | int | float) or _holds_tests(truth)):
-            fix = 'set its ability to "code"' if _holds_tests(truth) else f"give one text or number, or {OWN_REWARD}"
-            raise ValueError(f"has a ground truth that is no answer of mathematics but {truth!r:.60}: {fix}")
-        if ability == "code" and self.tests:
-            from prime_fast.rewards.code import read_truth
+        if truth is None or (self.truths and str(truth).strip() == ""):
+            raise ValueError(f"has no reward_model.ground_truth (nor a truth in a column {', '.join(TRUTHS)})")
+        if self.truths:
+            (_check_tests if ability == "code" else _check_answer)(truth)
 
-            try:
-                tests = read_truth(truth)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"has tests that cannot be run: {error}") from error
-            if not tests.get("inputs") and "assert" not in tests.get("asserts", ""):
-                raise ValueError("has no test in its ground truth")
+
+def _check_answer(truth: Any) -> None:
+    tests = decoded(truth)
+    if isinstance(tests, dict) and ("inputs" in tests or "asserts" in tests):
+        raise ValueError('has tests for its ground truth but no ability that says so: set it to "code"')
+    if not isinstance(truth, str | int | float):
+        raise ValueError(f"has a ground truth that is neither text nor number but {truth!r:.60}: {OWN_REWARD}")
+
+
+def _check_tests(truth: Any) -> None:
+    from prime_fast.rewards.code import read_truth
+
+    try:
+        tests = read_truth(truth)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has tests that cannot be run: {error}") from error
+    if not tests.get("inputs") and "assert" not in tests.get("asserts", ""):
+        raise ValueError("has no test in its ground truth")
 
 
 def row_check(reward: str) -> RowCheck | None:
@@ -98,10 +105,6 @@ def truth_of(row: dict) -> Any:
     """The ground truth a built-in reward goes by; a list of one stands for its element."""
     truth = (row.get("reward_model") or {}).get("ground_truth")
     return truth[0] if isinstance(truth, list) and len(truth) == 1 else truth
-
-
-def _holds_tests(truth: Any) -> bool:
-    return "inputs" in truth or "asserts" in truth if isinstance(truth, dict) else str(truth).lstrip().startswith('{"')
 
 
 def load_reward(reward: str, timeout: float = 10.0, sandbox: str = "namespaces") -> RewardFunction:

@@ -284,7 +284,7 @@ class _Worker:
 
 
 def _check_rows(rows: list[dict], reward: str) -> None:
-    check = RowCheck(reward, tests=False)
+    check = RowCheck(reward, truths=False)
     for index, row in enumerate(rows):
         try:
             check(row)

@@ -302,20 +302,12 @@ class TestRefused:
                 'row 2 has ability "code", which reward "math" cannot score: use "code" or',
             ),
             ({"ability": 3}, "auto", 'row 2 has ability "3"'),
-            ({"reward_model": {"ground_truth": ["1", "2"]}}, "auto", "row 2 has a ground truth that is no answer"),
-            ({"reward_model": {"ground_truth": '{"inputs": [], "outputs": []}'}}, "auto", 'set its ability to "code"'),
+            ({"reward_model": {"ground_truth": ["1", "2"]}}, "auto", "row 2 has a ground truth that is neither"),
+            (row(truth='{"inputs": [], "outputs": []}'), "auto", 'row 2 has tests for .* set it to "code"'),
             ({"reward_model": {"ground_truth": " "}}, "auto", "row 2 has no reward_model.ground_truth"),
             ({"ability": "code"}, "auto", "row 2 has tests that cannot be run"),
-            (
-                {"ability": "code", "reward_model": {"ground_truth": {"asserts": "x = 1"}}},
-                "auto",
-                "row 2 has no test in",
-            ),
-            (
-                {"ability": "code", "reward_model": {"ground_truth": {"inputs": ["1"], "outputs": []}}},
-                "code",
-                "1 inputs",
-            ),
+            (row(truth={"asserts": "x = 1"}, ability="code"), "auto", "row 2 has no test in its ground truth"),
+            (row(truth={"inputs": [1], "outputs": []}, ability="code"), "auto", "row 2 has tests .* 1 inputs and 0"),
         ],
     )
     def test_rows_that_a_reward_cannot_score(self, tokenizer, write, change, reward, message):

@@ -268,6 +268,17 @@ class TestPool:
         assert score([], []) == []
 
 
+class TestAbilities:
+    def test_names_that_rows_use(self):
+        rows = [ROW | {"ability": name} for name in ("MATH", " Maths", "mathematics", None, "")]
+        tests = {"ground_truth": {"inputs": [""], "outputs": ["7"]}}
+        rows += [ROW | {"ability": name, "reward_model": tests} for name in ("CODE", "coding", "Programming")]
+        with RewardPool("auto", workers=1) as pool:
+            assert pool.score([r"\boxed{7}"] * 5 + ["print(7)"] * 3, rows) == [1.0] * 8
+        with pytest.raises(ValueError, match='row 0 has ability "code", which reward "math-strict" cannot score'):
+            score(["print(7)"], rows[5:6], reward="math-strict")
+
+
 class TestCustomFunctions:
     def test_verl(self, write):
         code = """
@@ -295,6 +306,28 @@ class TestCustomFunctions:
         with RewardPool(write(code)) as pool:
             assert pool.score(["r", "r"], rows) == [1.0, 0.0]
             assert pool.counts["errors"] == 0
+
+    def test_trl_rows_without_a_truth(self, write):
+        """As the loader makes them: what it added is not handed on, and its absence is no error."""
+        code = """
+            def act(prompts, completions, **columns):
+                assert columns == {"hint": ["x"]}, columns
+                return [1.0]
+        """
+        row = {"prompt": "text", "hint": "x", "data_source": None, "reward_model": None, "extra_info": None}
+        with RewardPool(write(code), workers=1) as pool:
+            assert pool.score(["r"], [row | {"_added": ["data_source", "reward_model", "extra_info"]}]) == [1.0]
+            assert pool.counts["errors"] == 0
+
+    @pytest.mark.parametrize("parameters", ["data_source, solution_str, ground_truth", "completions, ground_truth"])
+    def test_what_rows_lack_is_never_a_zero(self, write, parameters):
+        for model in (None, 5):
+            with pytest.raises(ValueError, match="requires .*ground_truth.*, which the rows do not have"):
+                score(["r"], [ROW | {"reward_model": model}], reward=write(f"def act({parameters}): return [1.0]"))
+
+    def test_a_row_that_cannot_be_handed_over_is_never_a_zero(self, write):
+        with pytest.raises(ValueError, match="cannot be given a row: KeyError: 'prompt'"):
+            score(["r"], [{"reward_model": {"ground_truth": "7"}}], reward=write("def act(completions): return [1.0]"))
 
     def test_trl_column_that_rows_lack(self, write):
         reward = write("def act(completions, solution): return [1.0]")

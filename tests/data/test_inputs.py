@@ -1,0 +1,31 @@
+"""What preflight loads: both files with their counts, by the options of the config."""
+
+import json
+
+import pytest
+
+from prime_fast.preflight import load_inputs
+
+
+@pytest.fixture
+def long(tmp_path):
+    prompts = ["1+1:", "1" * 40 + ":", "2+2:", "2" * 40 + ":"]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": "2"}) + "\n" for prompt in prompts))
+    return path
+
+
+def test_what_was_dropped_is_said_of_both(configure, long, capsys):
+    inputs = load_inputs(configure(f"data.eval={long}"))
+    train, held_out = capsys.readouterr().out.splitlines()
+    assert train.startswith("train: 40 rows of ") and train.endswith("rows.jsonl (verl shape)")
+    assert held_out == f"eval: 2 rows of {long} (trl shape), 2 too long, 2 without a chat template"
+    assert (len(inputs.eval), inputs.eval.dropped) == (2, 2)
+
+
+def test_options_of_the_config(configure, long):
+    assert load_inputs(configure(f"data.train={long}", "data.template=chat")).train.raw == 0
+    with pytest.raises(ValueError, match="template_args sets enable_thinking, unknown to the chat template"):
+        load_inputs(configure("data.template_args.enable_thinking=false"))
+    with pytest.raises(ValueError, match='rows.jsonl, row 1 has ability "test", which reward "auto" cannot score'):
+        load_inputs(configure("reward.function=auto"))
