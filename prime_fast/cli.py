@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
-from prime_fast.config import Config, DataConfig, RewardConfig, RolloutConfig, load_config, save_config
+from prime_fast.config import (
+    Config,
+    DataConfig,
+    RewardConfig,
+    RolloutConfig,
+    load_config,
+    parse_assignments,
+    save_config,
+)
 from prime_fast.rewards.pool import SANDBOXES
 
 if TYPE_CHECKING:
@@ -126,6 +134,10 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", help="directory of the results (default: runs/eval/ and the model's name)")
     engines = get_args(RolloutConfig.model_fields["engine"].annotation)
     command.add_argument("--engine", choices=engines, default=engines[0])
+    command.add_argument("--vllm", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of vllm.LLM")
+    command.add_argument(
+        "--against", metavar="OTHER", help="compare, paired by problem, with this model or directory of an evaluation"
+    )
     command.add_argument("--samples", type=_count, default=0, metavar="K", help="also draw K samples: avg@K, pass@K")
     command.add_argument("--temperature", type=float, help="of the samples (default: 1; --preset paper: 0.3)")
     command.add_argument("--max-response", type=_count, metavar="N", help="tokens (default: 3072, or the preset's)")
@@ -254,11 +266,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from prime_fast.evaluation.evaluate import Settings, evaluate
+    from prime_fast.evaluation.evaluate import Settings, default_out, evaluate
 
     given = {key: value for key, value in vars(options).items() if key != "run"}
-    name = "-".join(part for part in Path(options.model).parts if part not in ("/", "..", "checkpoints", "policy"))
-    given |= {"data": tuple(options.data), "out": Path(options.out or Path("runs/eval") / name)}
+    given |= {"data": tuple(options.data), "out": Path(options.out or default_out(options.model))}
+    given["vllm"] = parse_assignments(options.vllm)
     evaluate(Settings(**given), Console())
 
 

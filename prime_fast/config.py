@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -199,15 +200,23 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config file {path} must hold a mapping of keys, got {type(tree).__name__}")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(f"override {override!r} is not of the form key=value")
-        _set(tree, key, _parse_value(value))
+    for key, value in parse_assignments(overrides).items():
+        _set(tree, key, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"{path}: {_explain(error)}") from error
+
+
+def parse_assignments(words: Iterable[str]) -> dict[str, object]:
+    """{key: YAML value} of words `key=value`; ValueError naming one that is not."""
+    assignments = {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise ValueError(f"override {word!r} is not of the form key=value")
+        assignments[key] = _parse_value(value)
+    return assignments
 
 
 def save_config(config: Config, path: str | Path) -> None:

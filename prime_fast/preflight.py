@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -29,7 +31,7 @@ class Inputs:
     tokenizer: Any
     eos_ids: tuple[int, ...]
     train: Rows
-    eval: Rows | None
+    eval: list[dict] | None
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -56,13 +58,26 @@ def load_inputs(config: Config) -> Inputs:
         "template_args": config.data.template_args,
         "check": row_check(config.reward.function),
     }
-    held_out = None
-    if config.data.eval:
-        held_out = load_rows(config.data.eval, tokenizer, limit=config.data.eval_rows, **options)
+    files = [load_rows(path, tokenizer, **options) for path in config.data.eval]
     train = load_rows(config.data.train, tokenizer, **options)
+    parts = sample_evenly(files, config.data.eval_rows)
     if distributed.rank() == 0:
-        print(f"train: {train}" + (f"\neval: {held_out}" if held_out else ""))
-    return Inputs(tokenizer, eos_ids(config.model.policy, tokenizer), train, held_out)
+        print(f"train: {train}")
+        for rows, part in zip(files, parts, strict=True):
+            print(f"eval: {len(part)} of {rows}" + ", a fixed random sample" * (len(part) < len(rows)))
+    return Inputs(tokenizer, eos_ids(config.model.policy, tokenizer), train, sum(parts, []) or None)
+
+
+def sample_evenly(files: Sequence[Rows], limit: int) -> list[list[dict]]:
+    """At most `limit` rows in all, the same number of each file as far as it has them; always the same random ones."""
+    counts, left = [0] * len(files), limit
+    for done, i in enumerate(sorted(range(len(files)), key=lambda i: len(files[i]))):
+        counts[i] = min(len(files[i]), left // (len(files) - done))
+        left -= counts[i]
+    return [
+        [rows[int(i)] for i in sorted(np.random.default_rng(0).choice(len(rows), count, replace=False))]
+        for rows, count in zip(files, counts, strict=True)
+    ]
 
 
 def self_check(

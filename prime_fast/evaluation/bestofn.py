@@ -7,7 +7,6 @@ among n of the N samples, drawn without replacement, is right.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from itertools import accumulate, combinations
 
@@ -19,11 +18,9 @@ from transformers import AutoModelForCausalLM
 import prime_kernels
 from prime_fast.engine import packing
 from prime_fast.engine.model import PackedLM
-from prime_fast.rewards.math import last_box
 
 MICRO_TOKENS = 16384
 MAX_SUBSETS = 256  # of the samples that vote; if there are more, so many random ones stand for all
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def implicit_rewards(
@@ -98,13 +95,3 @@ def majority(votes: Sequence[Sequence[str | None]], solved: np.ndarray, n: int) 
         worth = np.where(top, good / np.maximum(count, 1), 0).sum(1) / np.maximum(top.sum(1), 1)
         chance[i] = np.where(top.any(1), worth, chosen @ right / n).mean()
     return chance
-
-
-def answer_of(response: str, ability: str | None) -> str | None:
-    r"""What a response votes for: its last \boxed{}, else its last number, else all of it; all of it if it is code."""
-    text = response.strip()
-    if ability == "code":
-        return text or None
-    numbers = NUMBER.findall(text)
-    answer = last_box(text) or (numbers[-1].replace(",", "") if numbers else text)
-    return re.sub(r"\s+", "", answer).rstrip(".") or None

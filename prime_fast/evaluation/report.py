@@ -1,13 +1,8 @@
-"""What the outcomes of an evaluation say: estimates with 95% intervals, tables and a picture.
-
-A problem is solved by an outcome of 1. Intervals are over problems: Wilson's for greedy pass@1, else the bootstrap's.
-"""
+"""The tables and the picture of an evaluation's summary."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,108 +14,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from prime_fast.evaluation.bestofn import answer_of, best_of, majority, pass_at
-from prime_fast.rewards.functions import ability_of
+from prime_fast.evaluation.intervals import Estimate
+from prime_fast.evaluation.summary import AVERAGE, METHODS
 from prime_fast.views.report import RUN_COLORS, STYLE
-
-Z95 = 1.959964
-RESAMPLES, BLOCK = 2000, 100
-AVERAGE = "average"
-METHODS = {
-    "random": "random",
-    "majority": "majority vote",
-    "prm": "PRM",
-    "prm_mean": "PRM per token",
-    "oracle": "oracle",
-}
-
 
 LABEL = 24  # characters of a benchmark's name in the picture
 STYLES = {"random": "--", "oracle": "--", "PRM per token": ":"}
-
-
-class Estimate(NamedTuple):
-    value: float
-    low: float
-    high: float
-
-
-def wilson(solved: int, total: int) -> Estimate:
-    """Share of solved problems with Wilson's score interval."""
-    share, spread = solved / total, Z95**2 / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z95 * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
-def bootstrap(benchmarks: Sequence[np.ndarray]) -> Estimate:
-    """The mean over benchmarks of the mean over problems, problems drawn again within each benchmark."""
-    rng = np.random.default_rng(0)
-    means = np.zeros(RESAMPLES)
-    for values in benchmarks:
-        equal = np.full(len(values), 1 / len(values))
-        for start in range(0, RESAMPLES, BLOCK):
-            means[start : start + BLOCK] += rng.multinomial(len(values), equal, size=BLOCK) @ values / len(values)
-    means /= len(benchmarks)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Estimate(float(np.mean([values.mean() for values in benchmarks])), float(low), float(high))
-
-
-def summarize(problems: Sequence, answers: dict[str, list[dict]], scores: list[list[float]] | None) -> dict[str, Any]:
-    """{benchmark or "average" (of several): {"problems", "greedy", "response_length", "truncated" [, "avg", "pass",
-    "best_of"]}}; pass and best_of are by n."""
-    names = list(dict.fromkeys(problem.benchmark for problem in problems))
-    where = {name: [i for i, problem in enumerate(problems) if problem.benchmark == name] for name in names}
-    solved = {
-        kind: np.array([[outcome >= 1 for outcome in record["outcomes"]] for record in records])
-        for kind, records in answers.items()
-    }
-    curves = _curves(problems, answers, solved, scores)
-    summary = {}
-    for name in [*names, AVERAGE] if len(names) > 1 else names:
-        groups = [where[name]] if name in where else list(where.values())
-        some = [answers["greedy"][i] for group in groups for i in group]
-        greedy = [solved["greedy"][group, 0].astype(float) for group in groups]
-        summary[name] = {
-            "problems": len(some),
-            "greedy": wilson(int(greedy[0].sum()), len(greedy[0])) if name in where else bootstrap(greedy),
-            "outcome": float(np.mean([np.mean([answers["greedy"][i]["outcomes"] for i in group]) for group in groups])),
-            "response_length": sum(len(tokens) for record in some for tokens in record["tokens"]) / len(some),
-            "truncated": sum(sum(record["truncated"]) for record in some) / len(some),
-            **_each(curves, lambda values, groups=groups: bootstrap([values[group] for group in groups])),
-        }
-    return summary
-
-
-def _curves(problems, answers, solved, scores) -> dict[str, Any]:
-    """Values per problem (P,): {"avg", "pass": {n}, "best_of": {method: {n}}}."""
-    if "samples" not in solved:
-        return {}
-    right = solved["samples"]
-    total = right.shape[1]
-    sizes = [2**i for i in range(total.bit_length()) if 2**i < total] + [total]
-    curves = {"avg": right.mean(1), "pass": {n: pass_at(right, n) for n in sizes}}
-    if scores is not None:
-        votes = [
-            [answer_of(response, ability_of(problem.row)) for response in record["responses"]]
-            for problem, record in zip(problems, answers["samples"], strict=True)
-        ]
-        score = np.array(scores)
-        length = np.array([[len(tokens) for tokens in record["tokens"]] for record in answers["samples"]])
-        curves["best_of"] = {
-            "random": {n: right.mean(1) for n in sizes},
-            "majority": {n: majority(votes, right, n) for n in sizes},
-            "prm": {n: best_of(score, right, n) for n in sizes},
-            "prm_mean": {n: best_of(score / length, right, n) for n in sizes},
-            "oracle": curves["pass"],
-        }
-        last = {method: curve[total] for method, curve in curves["best_of"].items()}
-        curves["prm_minus"] = {other: last["prm"] - last[other] for other in ("random", "majority")}
-    return curves
-
-
-def _each(tree: Any, function: Callable[[np.ndarray], Estimate]) -> Any:
-    return {key: _each(value, function) for key, value in tree.items()} if isinstance(tree, dict) else function(tree)
 
 
 def tables(summary: dict[str, Any], title: str) -> list[Table]:
@@ -128,11 +27,11 @@ def tables(summary: dict[str, Any], title: str) -> list[Table]:
     total = max(first["pass"]) if "pass" in first else None
     sampled = [f"avg@{total}", f"pass@{total}"] if total else []
     table = _table(escape(title), ("", "problems", "greedy pass@1", *sampled, "tokens", "truncated"))
-    table.caption = "95% intervals over problems; ± is half of one"
+    table.caption = "95% intervals over problems"
     for name, row in summary.items():
         if name == AVERAGE:
             table.add_section()
-        samples = [_short(row["avg"]), _short(row["pass"][total])] if total else []
+        samples = [_cell(row["avg"]), _cell(row["pass"][total])] if total else []
         length, truncated = f"{row['response_length']:.0f}", f"{row['truncated']:.1%}"
         table.add_row(escape(name), str(row["problems"]), _cell(row["greedy"]), *samples, length, truncated)
     return [table] + ([_best_of_table(summary)] if "best_of" in first else [])
@@ -143,9 +42,27 @@ def _best_of_table(summary: dict[str, Any]) -> Table:
     for name, row in summary.items():
         table.add_section()
         for n in row["best_of"]["prm"]:
-            table.add_row(escape(name), str(n), *(_short(row["best_of"][method][n]) for method in METHODS))
+            table.add_row(escape(name), str(n), *(_cell(row["best_of"][method][n]) for method in METHODS))
     gains = ", ".join(f"{_points(gain)} to {METHODS[other]}" for other, gain in row["prm_minus"].items())
     table.caption = f"{escape(name)}, n = {n}: PRM {gains}"
+    return table
+
+
+def comparison(result: dict[str, Any], model: str, against: str) -> Table:
+    """Of what `summary.compare` returns."""
+    first = next(iter(result.values()))
+    most = max(first["pass"]) if first.get("pass") else None
+    sampled = ["avg@k", f"pass@{most}"] if most else []
+    headers = ("", "problems", "greedy", "against", "difference", "only this", "only that", *sampled)
+    table = _table(f"{escape(model)} against {escape(against)}", headers)
+    table.caption = "differences with 95% intervals, paired by problem"
+    for name, row in result.items():
+        if name == AVERAGE:
+            table.add_section()
+        samples = [_points(row["avg"]), _points(row["pass"][most])] if most else []
+        shares = [f"{100 * row[key]:.1f}" for key in ("accuracy", "against")]
+        only = [str(row[key]) for key in ("only_ours", "only_theirs")]
+        table.add_row(escape(name), str(row["problems"]), *shares, _points(row["greedy"]), *only, *samples)
     return table
 
 
@@ -158,10 +75,6 @@ def _table(title: str, headers: tuple[str, ...]) -> Table:
 
 def _cell(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.1f} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
-
-
-def _short(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} ±{50 * (estimate.high - estimate.low):.1f}"
 
 
 def _points(estimate: Estimate) -> str:
