@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from prime_fast.config import Config, ModelConfig
@@ -37,6 +39,7 @@ from prime_fast.rewards import RewardPool, row_check
 from prime_fast.rollout import RolloutEngine, make_engine
 
 ROOM_STEP = 64  # tokens; where the room is short, responses of prompts of about a length still share a batch
+WIDEST = 500  # columns of a printed table
 
 
 def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         result = compare(problems, answers, _others(settings, console))
         if distributed.rank() == 0:
             (settings.out / "against.json").write_text(json.dumps(result, indent=1) + "\n")
-        console.print(report.comparison(result, settings.model, settings.against))
+        _print(console, report.comparison(result, settings.model, settings.against))
     return summary
 
 
@@ -87,7 +90,7 @@ def _evaluate(settings: Settings, console: Console) -> tuple[dict[str, Any], lis
         (settings.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         report.draw(summary, models["model"]).savefig(settings.out / "eval.png", dpi=130)
     for table in report.tables(summary, models["model"]):
-        console.print(table)
+        _print(console, table)
     console.print(f"outputs, summary.json and eval.png: {settings.out}", soft_wrap=True, markup=False)
     return summary, problems, answers
 
@@ -208,3 +211,9 @@ def _others(settings: Settings, console: Console) -> Answers:
     out = default_out(settings.against) if own else settings.out / "against" / default_out(settings.against).name
     other = replace(settings, model=settings.against, out=out, against=None, prm=None, reference=None)
     return _evaluate(other, console)[2]
+
+
+def _print(console: Console, table: Table) -> None:
+    """As wide as it is: a log file passes for 80 columns, which would cut numbers off."""
+    table.width = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    console.print(table, crop=False)

@@ -6,10 +6,10 @@ that is right, the difference of two such shares, ...). The interval is the one 
 and Coull 1998; for differences Bonett and Price 2012) at an effective number of problems (Korn and Graubard 1998): as
 many as would leave an average of plain right or wrong as uncertain as this one is.
 
-Coverage, measured by `python -m benchmarks.intervals` from 20 problems on: at least 93% (paired differences 92%) whatever
-the accuracy. Where 5 problems of the rarer kind, right or wrong, are expected it is 95 to 96% on average, in single cases
-up to 98%; where fewer are, more, since nearly every draw is the same then. Averages in which a benchmark of few problems
-outweighs many others (3 beside 200) hold less, as do accuracies near 0 or 1 of benchmarks of very different sizes.
+Coverage, measured by `python -m benchmarks.intervals` from 20 problems on: at least 93% (paired differences 92%)
+whatever the accuracy. Where 5 problems of the rarer kind, right or wrong, are expected it is 95 to 96% on average, in
+single cases up to 98%; with fewer it rises towards 100%, since nearly every draw is the same then. Averages hold less
+where a benchmark of few problems outweighs many (3 beside 200), or nearly all is right or wrong and sizes are unlike.
 """
 
 from __future__ import annotations

@@ -1,10 +1,16 @@
+import io
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 
+import processes
 import pytest
+import torch
+from engines import needs_vllm
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from prime_fast.evaluation.evaluate import evaluate, find_model
 from prime_fast.evaluation.settings import Settings, max_tokens
@@ -170,3 +176,127 @@ def test_mistakes(asked, change, message):
     with pytest.raises(ValueError, match=message):
         evaluate(replace(asked, **change), QUIET)
     assert not asked.out.exists()
+
+
+@pytest.fixture
+def long_rows(tmp_path):
+    """Prompts of 98, 440, 506 and 600 tokens; the model has room for 512."""
+    path = tmp_path / "long.jsonl"
+    rows = [
+        {"prompt": [{"role": "user", "content": "1+" * (size // 2)}], "reward_model": {"ground_truth": "1"}}
+        for size in (98, 440, 506, 600)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_without_room_are_clamped_and_counted(with_prm, long_rows, tmp_path):
+    asked = replace(with_prm, data=(long_rows,), max_response=100, samples=2)
+    console = Console(record=True, width=200, file=io.StringIO())
+    summary = evaluate(asked, console)
+    assert summary["long"]["problems"] == 4 and summary["long"]["clamped"] == 3
+    assert "long: 3 problems leave less room than asked for" in console.export_text()
+    for name, count in (("greedy", 1), ("samples", 2)):
+        records = {r["problem"]: r for r in map(json.loads, lines(asked.out / f"{name}.jsonl"))}
+        budgets = [100, 64, 6, 0]
+        for i, budget in enumerate(budgets):
+            lengths = [len(tokens) for tokens in records[i]["tokens"]]
+            assert len(lengths) == count and max(lengths) <= budget
+            assert all(length == budget for cut, length in zip(records[i]["truncated"], lengths, strict=True) if cut)
+        assert records[3]["outcomes"] == [0.0] * count and all(records[3]["truncated"])
+
+
+def test_the_paper_s_preset_on_a_model_of_less_room(asked):
+    summary = evaluate(replace(asked, preset="paper", max_response=None, data=asked.data[:1], limit=2), QUIET)
+    assert summary["one"]["clamped"] == summary["one"]["problems"] == 2
+    longest = max(len(json.loads(line)["tokens"][0]) for line in lines(asked.out / "greedy.jsonl"))
+    assert 12 < longest <= 512
+
+
+@pytest.fixture
+def other_model(asked, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(asked.model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    shutil.copytree(asked.model, tmp_path / "other")
+    lm.save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+def test_against_another_model(asked, other_model):
+    console = Console(record=True, width=200, file=io.StringIO())
+    asked = replace(asked, samples=4, max_response=12)
+    ours = evaluate(replace(asked, against=other_model), console)
+    result = json.loads((asked.out / "against.json").read_text())
+    out = next((asked.out / "against").iterdir())
+    theirs = json.loads((out / "summary.json").read_text())
+    solved = {}
+    for name, place in (("ours", asked.out), ("theirs", out)):
+        records = map(json.loads, lines(place / "greedy.jsonl"))
+        solved[name] = {r["problem"]: r["outcomes"][0] for r in records}
+    pairs = [(solved["ours"][i], solved["theirs"][i]) for i in range(20)]
+    assert len(set(pairs)) > 1  # the models differ
+    for name, part in (("one", pairs[:7]), ("two", pairs[7:])):
+        assert result[name]["only_ours"] == sum(a > b for a, b in part)
+        assert result[name]["only_theirs"] == sum(a < b for a, b in part)
+    for name, row in result.items():
+        value, low, high = row["greedy"]
+        assert row["accuracy"] == pytest.approx(ours[name]["greedy"].value)
+        assert row["against"] == pytest.approx(theirs[name]["greedy"][0])
+        assert value == pytest.approx(row["accuracy"] - row["against"]) and low < value < high
+        for key in ("1", "2", "4"):
+            difference = ours[name]["pass"][int(key)].value - theirs[name]["pass"][key][0]
+            assert row["pass"][key][0] == pytest.approx(difference)
+        assert row["avg"][0] == pytest.approx(row["pass"]["1"][0])
+    assert "only this" in console.export_text()
+    mirrored = replace(asked, model=other_model, out=out, against=str(asked.out))  # both evaluations are on disk
+    evaluate(mirrored, QUIET)
+    back = json.loads((out / "against.json").read_text())[AVERAGE]["greedy"]
+    assert back == pytest.approx([-x for x in (result[AVERAGE]["greedy"][k] for k in (0, 2, 1))])
+
+
+def test_only_the_same_questions_are_compared(asked, tmp_path):
+    evaluate(asked, QUIET)
+    other = replace(asked, out=tmp_path / "second", against=str(asked.out))
+    with pytest.raises(ValueError, match="was evaluated with max_response 12, now it is 11; only evaluations made"):
+        evaluate(replace(other, max_response=11), QUIET)
+    with pytest.raises(
+        ValueError, match="are of 14 and 20 problems that are not the same; evaluate both with the same"
+    ):
+        evaluate(replace(other, limit=7), QUIET)
+
+
+def test_two_processes_share_the_problems(with_prm, workspace, tmp_path):
+    """They answer as one does, and take over what an evaluation killed on three left behind."""
+    alone = evaluate(with_prm, QUIET)
+    out = tmp_path / "shared"
+    shutil.copytree(with_prm.out, out)
+    for name in ("summary.json", "eval.png", "prm.jsonl", "votes.jsonl", "samples.jsonl"):
+        (out / name).unlink()
+    greedy = (out / "greedy.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "greedy.jsonl").write_bytes(b"".join(greedy[:3]) + greedy[3][:20])
+    (out / "greedy.1.jsonl").write_bytes(b"".join(greedy[2:6]))  # one of them twice
+    (out / "greedy.2.jsonl").write_bytes(greedy[6] + greedy[7][:9])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["prime_fast", "eval", with_prm.model, "--data", *with_prm.data, "--out", str(out), "--samples", "4"]
+    command += ["--max-response", "12", "--reward", with_prm.reward, "--prm", with_prm.prm, "--batch", "8"]
+    result = processes.run([*command, "--reference", with_prm.reference])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "13/13" not in result.stdout and "7/7" in result.stdout  # 13 greedy ones were missing: 7 and 6
+    assert result.stdout.count("greedy pass@1") == 1
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(alone))
+    for name in ("greedy", "samples", "prm", "votes"):
+        assert sorted(lines(out / f"{name}.jsonl")) == sorted(lines(with_prm.out / f"{name}.jsonl"))
+        assert not list(out.glob(f"{name}.*.jsonl"))
+
+
+def test_vllm_takes_its_options_and_long_rows(asked, long_rows):
+    needs_vllm()
+    settings = replace(asked, engine="vllm", vllm={"max_num_seqs": 2}, data=(long_rows,), max_response=20)
+    assert evaluate(settings, QUIET)["long"]["clamped"] == 2
+    again = replace(settings, vllm={"max_num_seqs": 3})  # says how, not what
+    assert evaluate(again, QUIET)["long"]["problems"] == 4
+    with pytest.raises(ValueError, match="holds an evaluation with vllm None, now it is {'quantization': 'fp8'}"):
+        evaluate(replace(settings, vllm={"quantization": "fp8"}), QUIET)
