@@ -268,7 +268,7 @@ def _report(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from prime_fast.evaluation.evaluate import Settings, default_out, evaluate
 
-    given = {key: value for key, value in vars(options).items() if key != "run"}
+    given = {key: value for key, value in vars(options).items() if key in Settings.__dataclass_fields__}
     given |= {"data": tuple(options.data), "out": Path(options.out or default_out(options.model))}
     given["vllm"] = parse_assignments(options.vllm)
     evaluate(Settings(**given), Console())

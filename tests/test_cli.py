@@ -177,6 +177,14 @@ def test_eval(workspace, tmp_path, capsys):
         assert part in printed
     assert main([*arguments, "--seed", "1"]) == 2
     assert "holds an evaluation with seed 0, now it is 1" in capsys.readouterr().err
+    assert main([*arguments, "--against", str(tmp_path / "out")]) == 0
+    assert "only this" in capsys.readouterr().out
+    for words, message in (
+        (["max_num_seqs=4"], "add --engine vllm"),
+        (["max_num_seqs"], "is not of the form key=value"),
+    ):
+        assert main([*arguments, "--vllm", *words]) == 2
+        assert message in capsys.readouterr().err
     for option in ("--samples", "--limit", "--batch"):
         with pytest.raises(SystemExit):
             main([*arguments, option, "0"])
