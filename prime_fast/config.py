@@ -43,7 +43,8 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["hf", "vllm"] = "hf"
-    vllm: dict[str, Any] = {}  # arguments of vllm.LLM, and ours: gpus (for engines alone), bucket_mib (weight sync)
+    # arguments of vllm.LLM, and ours: gpus (for engines alone), sleep_level (2; 1 keeps the weights), bucket_mib (sync)
+    vllm: dict[str, Any] = {}
     prompts: Positive = 256  # groups trained on per step
     samples: Positive = 4  # K, responses per prompt
     max_response: Positive = 3072  # tokens, EOS included

@@ -37,6 +37,7 @@ class PolicyPass(NamedTuple):
     mismatch: dict[str, float]  # of the rollout engine and the trainer before the update; see _mismatch
     grad_norm: float
     applied: bool
+    moved: bool  # whether a part of it was applied at least
 
 
 def split(batch: Batch, mini_batch: int, micro_tokens: int, shuffle: torch.Generator | None = None) -> list[MiniBatch]:
@@ -167,7 +168,8 @@ def train_policy(
         steps.append(engine.step(config.lr))
     clip_fraction, approx_kl = (distributed.sum_(clipped_kl) / len(entropy)).tolist()
     mean_entropy = float(distributed.sum_(entropy).mean())
-    return PolicyPass(_mean(losses), mean_entropy, clip_fraction, approx_kl, before, *_summary(steps))
+    moved = any(step.applied for step in steps)
+    return PolicyPass(_mean(losses), mean_entropy, clip_fraction, approx_kl, before, *_summary(steps), moved)
 
 
 def _on_policy_loss(

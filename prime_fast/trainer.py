@@ -127,7 +127,7 @@ class Trainer:
         } | result.mismatch
         self.updated = record
         with phases("sync"):
-            self.rollout.wake(changed=result.applied)
+            self.rollout.wake(changed=result.moved)
         self.rollout.settled()
         record |= self._throughput(batch)
         record |= {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}

@@ -102,7 +102,8 @@ class Plan:
         config, rollout = self.config, self.rollout
         yield "load", [self._whole(moment, rest) for rest, moment in self._loading()]
         imported = max((states.imported() for states in self.states.values()), key=lambda items: total(items, "host"))
-        yield "resume", [self._whole([*rollout.awake(), *self._syncing(), *imported])]
+        synced = self._whole([*rollout.loaded(), *self._syncing()])
+        yield "resume", [self._whole([*rollout.asleep(), *imported]), synced]
         yield "generate", [self._whole(rollout.awake())]
         policy, prm = self.states["policy"], self.states.get("prm")
         if prm or "reference" in self.states:
@@ -112,9 +113,9 @@ class Plan:
         if config.rollout.old_logprobs != "engine":
             yield "old_logprobs", self._scored(policy)
         yield from self._trained(policy)
-        yield "sync", [self._whole([*rollout.loaded(), *self._syncing()])]
+        yield "sync", [synced]
         written = [engine for engine in self.states.values() if engine.trained]
-        moments = [[*rollout.loaded(), *engine.gathered_for_export(), *engine.exported()] for engine in written]
+        moments = [[*rollout.awake(), *engine.gathered_for_export(), *engine.exported()] for engine in written]
         yield "checkpoint", [self._whole(moment) for moment in moments]
 
     def _loading(self) -> Iterator[tuple[Moment, Moment]]:

@@ -79,7 +79,7 @@ class Rollout(NamedTuple):
         return [self._item("weights, graphs and KV cache", self._share), *self._contexts()]
 
     def loaded(self) -> list[Item]:
-        """While weights are synchronised, until the next prompt wakes the cache."""
+        """While weights are synchronised."""
         if not self.vllm:
             return [self._item("whole model", self.weights, holder="trainer")]
         if not self.on_gpu:
@@ -91,8 +91,12 @@ class Rollout(NamedTuple):
             return self.loaded()
         if not self.vllm:
             return [Item("HF engine: whole model, asleep", self.weights, "host")]
+        if self.apart:
+            return self.awake()
         items = [self._item("CUDA graphs", GRAPHS), *self._contexts()]
-        return [*items, Item("vLLM: weights, asleep", self.backup_bytes(), "host", "engine")]
+        if self.config.rollout.vllm.get("sleep_level") == 1:
+            items += [Item("vLLM: weights, asleep", self.backup_bytes(), "host", "engine")]
+        return items
 
     def buckets(self) -> list[Item]:
         """In the trainer: two on their way, and a tensor larger than a bucket has its own (rollout/weights.py)."""

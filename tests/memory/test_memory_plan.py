@@ -76,8 +76,10 @@ def test_without_checkpointing_the_head_comes_on_top_of_all_activations():
 
 def test_what_it_holds_beside_the_gpus():
     plan = seven()
-    assert gib(plan, "policy", "asleep", "host") == pytest.approx(26.75, abs=0.05)  # of 14.2 GiB of weights
-    assert plan.node_host_bytes("policy", 8) / GIB == pytest.approx(214, abs=0.5)
+    assert plan.node_host_bytes("policy", 8) == 0
+    kept = seven("rollout.vllm={sleep_level: 1}")
+    assert gib(kept, "policy", "asleep", "host") == pytest.approx(26.75, abs=0.05)  # of 14.2 GiB of weights
+    assert kept.node_host_bytes("policy", 8) / GIB == pytest.approx(214, abs=0.5)
     assert plan.node_host_bytes("checkpoint", 8) / GIB == pytest.approx(7 * 3.55 + 14.19, abs=0.1)
     assert plan.checkpoint_bytes == pytest.approx(213e9, rel=0.005)
     assert plan.kept_bytes == pytest.approx(640e9, rel=0.005)

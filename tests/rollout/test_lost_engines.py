@@ -4,7 +4,10 @@ import os
 import signal
 import socket
 import struct
+import sys
+from pathlib import Path
 
+import processes
 import pytest
 from engines import needs_vllm
 
@@ -168,6 +171,37 @@ def test_engines_lost_in_every_phase_change_nothing(workspace, tmp_path, monkeyp
     for one, two in zip(*(read_metrics(tmp_path / name) for name in ("whole", "run")), strict=True):
         for key in ("outcome", "policy_grad_norm", "prm_loss", "eval_accuracy", "rollouts"):
             assert one.get(key) == two.get(key), key
+
+
+RANK = """
+import os
+import pytest
+import test_lost_engines as here
+
+patch = pytest.MonkeyPatch()
+patch.setattr(here.hf, "HFEngine", here.Mortal)
+state = {state} if os.environ["RANK"] == "1" else False
+lost = here.lose(patch, here.STEPS, lambda engine: setattr(engine, "lost", state))
+code = here.main({arguments})
+assert code or lost == list(here.PHASES)
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.parametrize("state", [True, "for good"])
+def test_two_ranks_of_which_one_loses_its_engine(state, workspace, tmp_path):
+    """The other rank goes along through every restart, and to the same end."""
+    arguments = ["train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'run'}", *EVERY]
+    (tmp_path / "rank.py").write_text(RANK.format(state=repr(state), arguments=arguments))
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = processes.run([*command, str(tmp_path / "rank.py")], env=processes.environment(PYTHONPATH=path))
+    if state is True:
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(9))
+    else:
+        assert result.returncode == 1 and result.stderr.count("lost for good; continue from") == 1
+        assert checkpoint.latest(tmp_path / "run").name == "step-000001"
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

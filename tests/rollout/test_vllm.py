@@ -65,7 +65,10 @@ def test_greedy_is_the_hf_engines_before_and_after_a_sync(hf, vllm, workspace):
     start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
     for weights in (changed(workspace / "model"), start):
         hf.load_weights(weights.items())
+        vllm.sleep()
+        vllm.wake()
         vllm.load_weights(weights.items())
+        vllm.ready()
         assert_same_greedy(hf, vllm)
         now = [sample.tokens for (sample,) in greedy(vllm)]
         assert all(map(torch.equal, now, before)) == (weights is start)
