@@ -68,6 +68,8 @@ def apart(job: Job, spec: dict[str, Any]) -> dict:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     if done.returncode or not lines:
         raise RuntimeError(f"exit code {done.returncode} after {len(lines)} cases: {done.stderr[-1500:]}")
+    if "does_not_fit" in lines[0]:
+        raise Skipped(lines[0]["does_not_fit"])
     return {"cases": lines}
 
 
@@ -84,6 +86,9 @@ def main(spec: dict[str, Any]) -> None:
     from prime_fast.trainer import Trainer
 
     config = configuration(spec, model, max(length for length, _ in spec["rows"]))
+    if problem := too_large(config, spec["device"]):
+        print(json.dumps({"case": spec["shape"], "does_not_fit": problem}), flush=True)
+        return
     began = time.perf_counter()
     device = zero.start()
     trainer = Trainer(config, device, preflight.Inputs(None, (0,), [{"prompt_ids": [1]}], None))
@@ -109,7 +114,7 @@ def configuration(spec: dict[str, Any], model: Path, longest: int) -> Any:
         steps=3,
         model={"policy": str(model), "gradient_checkpointing": True},
         data={"max_prompt": prompt},
-        rollout={"prompts": rows // K, "samples": K, "max_response": longest - prompt, "keep": (0.0, 1.0)},
+        rollout={"prompts": rows // K, "samples": K, "max_response": longest - prompt, "batch": 1},
         reward={"function": "prime_fast.stages.quickstart:compute_score"},  # never called
         prime={"process_weight": 1.0 if spec["algorithm"] == "PRIME" else 0.0},
         policy={"mini_batch": rows},
@@ -117,6 +122,19 @@ def configuration(spec: dict[str, Any], model: Path, longest: int) -> Any:
         engine={"micro_tokens": longest},
         log={"eval_every": 0, "checkpoint_every": 0},
     )
+
+
+def too_large(config: Any, device: str) -> str | None:
+    """Why the trainer's own plan says that this card cannot hold the run."""
+    if device == "cpu":
+        return None
+    from prime_fast.memory.plan import Plan
+
+    plan = Plan(config, 1, torch.cuda.mem_get_info()[1])
+    if plan.fits:
+        return None
+    needs, has = plan.peaks[plan.tightest] / 2**30, plan.card / 2**30
+    return f"{config.model.policy} needs {needs:.0f} GiB at its peak ({plan.tightest}), this card has {has:.0f}"
 
 
 def write_model(path: Path, shape: str, device: str) -> None:
@@ -164,8 +182,6 @@ class Given:
         self.drawn = len(self.groups)
 
     def collect(self, phases: Any) -> tuple[list, dict, list]:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         return self.groups, {}, []
 
     def state_dict(self) -> dict:
@@ -199,7 +215,7 @@ def summary(
         "peak_tflops": peak,
         "mfu": sum(units.values()) * forward / record["seconds"] / 1e12 / peak,
         "mfu_of_phases": rates,
-        "measured_gib": under("memory/") or {"step": record["peak_memory_gib"]},
+        "measured_gib": under("memory/"),
         "planned_gib": under("memory_plan/"),
         "kernels": under("kernel/"),
     }
