@@ -94,7 +94,7 @@ class _Version(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prime-fast", description=__doc__)
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, help="print it and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
 
     train = commands.add_parser("train", help="run PRIME")
