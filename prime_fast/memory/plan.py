@@ -37,7 +37,8 @@ def models(config: Config) -> dict[str, str]:
 class Plan:
     """card: bytes of a rank's GPU, None if unknown (vLLM then takes what rollout.batch sequences need).
 
-    phases: name -> the items alive at the phase's peak, in the order in which the phases come.
+    moments: phase -> what is alive at each of its moments that may be the peak, in the order in which the phases come.
+    phases: phase -> what is alive at its peak.
     """
 
     def __init__(self, config: Config, ranks: int, card: int | None = None, on_gpu: bool = True) -> None:
@@ -50,7 +51,8 @@ class Plan:
             for role, path in models(config).items()
         }
         self.rollout = Rollout(config, self.states["policy"].shape, self.dtype, card, on_gpu)
-        self.phases = {name: max(moments, key=self._size) for name, moments in self._moments()}
+        self.moments = dict(self._moments())
+        self.phases = {name: max(moments, key=self._size) for name, moments in self.moments.items()}
 
     @cached_property
     def peaks(self) -> dict[str, int]:
@@ -83,10 +85,11 @@ class Plan:
         """Bytes that torch's allocator in the trainer hands out (without a GPU: of its process, beyond what it began
         with), by the names of the trainer's stopwatch."""
         peaks: dict[str, int] = {}
-        for name, items in self.phases.items():
+        for name, moments in self.moments.items():
             phase = name.removesuffix(STEP)
-            handed_out = total((item for item in items if item.name != SLACK_NAME), self.place, "trainer")
-            peaks[phase] = max(peaks.get(phase, 0), handed_out)
+            for items in moments:
+                handed_out = total((item for item in items if item.name != SLACK_NAME), self.place, "trainer")
+                peaks[phase] = max(peaks.get(phase, 0), handed_out)
         return peaks
 
     def node_host_bytes(self, phase: str, node: int) -> int:
@@ -102,8 +105,7 @@ class Plan:
         config, rollout = self.config, self.rollout
         yield "load", [self._whole(moment, rest) for rest, moment in self._loading()]
         imported = max((states.imported() for states in self.states.values()), key=lambda items: total(items, "host"))
-        synced = self._whole([*rollout.loaded(), *self._syncing()])
-        yield "resume", [self._whole([*rollout.asleep(), *imported]), synced]
+        yield "resume", [self._whole([*rollout.asleep(), *imported])]
         yield "generate", [self._whole(rollout.awake())]
         policy, prm = self.states["policy"], self.states.get("prm")
         if prm or "reference" in self.states:
@@ -113,9 +115,10 @@ class Plan:
         if config.rollout.old_logprobs != "engine":
             yield "old_logprobs", self._scored(policy)
         yield from self._trained(policy)
-        yield "sync", [synced]
+        syncing = [*rollout.loaded(), *policy.gathered_for_export(), *rollout.buckets()]
+        yield "sync", [self._whole(syncing), self._whole(rollout.ready())]
         written = [engine for engine in self.states.values() if engine.trained]
-        moments = [[*rollout.awake(), *engine.gathered_for_export(), *engine.exported()] for engine in written]
+        moments = [[*rollout.ready(), *engine.gathered_for_export(), *engine.exported()] for engine in written]
         yield "checkpoint", [self._whole(moment) for moment in moments]
 
     def _loading(self) -> Iterator[tuple[Moment, Moment]]:
@@ -124,14 +127,11 @@ class Plan:
         for states in self.states.values():
             yield done, states.starting()
             done = [*done, *states.fresh()]
-        awake = self.rollout.awake()
-        leaders = -(-self.ranks // self.rollout.shards)
-        tokens = CHECK_PROMPTS * leaders * (self.config.data.max_prompt + CHECK_TOKENS)
-        for moment in self._scoring(self.states["policy"], tokens):
-            yield done, [*awake, *moment]
-
-    def _syncing(self) -> Moment:
-        return [*self.states["policy"].gathered_for_export(), *self.rollout.buckets()]
+        ready = self.rollout.ready()
+        rows = CHECK_PROMPTS * -(-self.ranks // self.rollout.shards)
+        tokens = rows * (self.config.data.max_prompt + CHECK_TOKENS)
+        for moment in self._scoring(self.states["policy"], min(tokens, self.config.engine.micro_tokens)):
+            yield done, [*ready, *moment]
 
     def _scored(self, states: States) -> list[Moment]:
         return [self._working(moment) for moment in self._scoring(states, self.config.engine.micro_tokens)]

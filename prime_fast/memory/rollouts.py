@@ -10,7 +10,7 @@ from prime_fast.config import Config
 from prime_fast.memory.items import GIB, Item, pinned
 from prime_fast.memory.shapes import Shape
 from prime_fast.rollout.process import CPU_BUCKET_BYTES
-from prime_fast.rollout.vllm import CPU_KV_BYTES
+from prime_fast.rollout.vllm import CPU_KV_BYTES, GPU_SHARE, SLEEP_LEVEL
 from prime_fast.rollout.weights import BUCKET_BYTES
 
 # No source gives these three. A CUDA context with its kernels takes 0.4 to 0.6 GiB, vLLM's graphs for batches of up to
@@ -19,7 +19,7 @@ CONTEXT = int(0.6 * GIB)
 GRAPHS = 1 * GIB
 NCCL = 1 * GIB
 
-UTILIZATION = {True: 0.9, False: 0.5}  # by default, of GPUs of its own or of shared ones (rollout/process.py, vllm.py)
+OWN_GPU_SHARE = 0.9  # rollout/process.py
 STEP_TOKENS = 16384  # that vLLM profiles with (vllm/engine/arg_utils.py; A100: 8192)
 LOGIT = 24  # bytes a logit while hf.py samples: float32 logits and log-probs, two float64 copies
 SEGMENT, SMALL = 2 << 20, 20 << 20  # torch's caching allocator: rounding of blocks above 10 MiB, segments of the others
@@ -52,7 +52,11 @@ class Rollout(NamedTuple):
 
     @property
     def utilization(self) -> float:
-        return self.config.rollout.vllm.get("gpu_memory_utilization", UTILIZATION[self.apart])
+        return self.config.rollout.vllm.get("gpu_memory_utilization", OWN_GPU_SHARE if self.apart else GPU_SHARE)
+
+    @property
+    def sleep_level(self) -> int:
+        return 0 if self.apart else self.config.rollout.vllm.get("sleep_level", SLEEP_LEVEL)
 
     @property
     def sequence(self) -> int:
@@ -68,7 +72,7 @@ class Rollout(NamedTuple):
         return (self._share - self._beside_cache) / self.sequence
 
     def awake(self) -> list[Item]:
-        """While it generates, until it sleeps."""
+        """While it generates."""
         if not self.vllm:
             return self._hf_generating()
         if not self.on_gpu:
@@ -79,23 +83,27 @@ class Rollout(NamedTuple):
         return [self._item("weights, graphs and KV cache", self._share), *self._contexts()]
 
     def loaded(self) -> list[Item]:
-        """While weights are synchronised."""
+        """While weights are synchronised; the cache wakes after."""
         if not self.vllm:
             return [self._item("whole model", self.weights, holder="trainer")]
-        if not self.on_gpu:
+        if not self.on_gpu or self.sleep_level == 0:
             return self.awake()
         return [self._item("weights", self.weights), self._item("CUDA graphs", GRAPHS), *self._contexts()]
+
+    def ready(self) -> list[Item]:
+        """From then on until it sleeps: vLLM keeps its cache mapped, the embedded engine has none between batches."""
+        return self.awake() if self.vllm else self.loaded()
 
     def asleep(self) -> list[Item]:
         if not self.on_gpu:  # there is no other memory to go to
             return self.loaded()
         if not self.vllm:
             return [Item("HF engine: whole model, asleep", self.weights, "host")]
-        if self.apart:
+        if self.sleep_level == 0:
             return self.awake()
         items = [self._item("CUDA graphs", GRAPHS), *self._contexts()]
-        if self.config.rollout.vllm.get("sleep_level") == 1:
-            items += [Item("vLLM: weights, asleep", self.backup_bytes(), "host", "engine")]
+        if self.sleep_level == 1:
+            items.append(Item("vLLM: weights, asleep", self.backup_bytes(), "host", "engine"))
         return items
 
     def buckets(self) -> list[Item]:

@@ -16,7 +16,7 @@ from prime_fast.memory.states import States
 PROGRAM = Path(__file__).with_name("engine_bytes.py")
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 CASES = [f"{dtype}:{offload}" for dtype in ("float32", "bfloat16") for offload in ("none", "cpu")]
-SUMMED_IN_FLOAT32 = "bfloat16:none:fp32"
+SUMMED_IN_BFLOAT16 = "bfloat16:none:bf16"  # DeepSpeed's default
 
 
 def states(path, dtype, offload="none", ranks=1, on_gpu=False, trained=True):
@@ -36,7 +36,7 @@ def held(request, workspace, tmp_path_factory):
     if request.param > 1:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
         command = [sys.executable, "-m", *launcher, str(PROGRAM)]
-    arguments = [str(workspace / "model"), str(tmp_path_factory.mktemp("states")), *CASES, SUMMED_IN_FLOAT32]
+    arguments = [str(workspace / "model"), str(tmp_path_factory.mktemp("states")), *CASES, SUMMED_IN_BFLOAT16]
     result = processes.run([*command, *arguments], env=processes.environment(OMP_NUM_THREADS="1"))
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
@@ -44,7 +44,7 @@ def held(request, workspace, tmp_path_factory):
     return request.param, {line.pop("case"): line for line in lines}
 
 
-@pytest.mark.parametrize("case", [*CASES, SUMMED_IN_FLOAT32])
+@pytest.mark.parametrize("case", [*CASES, SUMMED_IN_BFLOAT16])
 def test_the_plan_is_what_deepspeed_holds(case, held, workspace, monkeypatch):
     ranks, found = held
     found = found[case]

@@ -43,12 +43,13 @@ def test_the_dry_run_says_what_fits(published, capsys):
     console = Console(width=200)
     assert plan.print_dry_run(published(), 8, console, card_bytes("a100-80"))
     fits = capsys.readouterr().out
-    assert "Tightest phase: resume" in fits and "fits with 4.8 GiB" in fits and "83.4 sequences" in fits
+    assert "Tightest phase: checkpoint, 74.5 GiB of 79.1 GiB: fits with 4.6 GiB." in fits
+    assert "holds 83.4 sequences" in fits
     assert "198.6 GiB on disk, 595.8 GiB with" in fits
-    for phase in ("load", "generate", "reference", "prm step", "old_logprobs", "policy", "sync", "checkpoint"):
+    for phase in ("load", "resume", "generate", "reference", "prm step", "policy", "sync", "checkpoint"):
         assert f"│ {phase} " in fits
     assert not plan.print_dry_run(published(), 8, console, card_bytes("a100-40"))
-    assert "does not fit, over by 17.0 GiB" in (small := capsys.readouterr().out)
+    assert "does not fit, over by 18.0 GiB" in (small := capsys.readouterr().out)
     assert "Set engine.offload=cpu: then" in small
     assert plan.print_dry_run(published(), 8, console)
     unknown = capsys.readouterr().out
