@@ -17,7 +17,8 @@ from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine, StepResult
 
 MiniBatch = list[list[list[int]]]  # [micro-batch][rank] -> rows of the batch
-# largest mean |difference| of two computations of the same log-probs, nats; bfloat16 forwards differ by rounding
+# largest mean |difference| of two computations of the same log-probs, nats; bfloat16 forwards differ by rounding: 0.02
+# from float32, and less from one another, where log-probs spread by 1.3 nats (tests/test_bfloat16.py)
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
