@@ -158,8 +158,7 @@ class Bench:
         torch.empty(int(0.9 * (before - asleep) * 2**30), dtype=torch.uint8, device=self.device).fill_(1)
         torch.cuda.empty_cache()
         began = time.perf_counter()
-        self.fleet.wake()
-        self.fleet.sync()
+        self.fleet.wake(changed=True)
         woke = time.perf_counter() - began
         found = {"awake_gib": before, "asleep_gib": asleep, "sleep_seconds": slept, "wake_and_sync_seconds": woke}
         return found | self.compare() | {"awake_again_gib": used_gib()}
