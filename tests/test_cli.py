@@ -186,6 +186,13 @@ def test_eval(workspace, tmp_path, capsys):
     ):
         assert main([*arguments, "--vllm", *words]) == 2
         assert message in capsys.readouterr().err
+    assert main([*arguments, "--template", "raw"]) == 2
+    assert "holds an evaluation with template ['auto', {}], now it is ['raw', {}]" in capsys.readouterr().err
+    assert main([*arguments, "--template-args", '{"enable_thinking": false}']) == 2
+    assert "sets enable_thinking, unknown to the chat template" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--template-args", "no"])
+    assert "no is no JSON object such as" in capsys.readouterr().err
     for option in ("--samples", "--limit", "--batch"):
         with pytest.raises(SystemExit):
             main([*arguments, option, "0"])

@@ -97,7 +97,9 @@ class Template:
                 raise ValueError("has a prompt that ends in a tool call, without what the tool said")
             begun = messages[-1]["content"]
             messages = messages if begun else messages[:-1]
-        arguments = self.arguments | (decoded(row.get("chat_template_kwargs")) or {})
+        own = decoded(row.get("chat_template_kwargs")) or {}
+        if not isinstance(own, dict):
+            raise ValueError(f"has chat_template_kwargs that are no object but {own!r:.60}")
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -105,7 +107,7 @@ class Template:
                 tokenize=False,
                 add_generation_prompt=not begun,
                 continue_final_message=bool(begun),
-                **arguments,
+                **(self.arguments | own),
             )
         except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"has a prompt that the chat template refuses: {' '.join(str(error).split())}") from error
@@ -120,7 +122,8 @@ def _plain(message: dict) -> dict:
     if isinstance(made.get("content"), list):
         made["content"] = text_of(made["content"])
     if "tool_calls" in made:
-        made["tool_calls"] = [_call(call) for call in decoded(made["tool_calls"])]
+        calls = decoded(made["tool_calls"])
+        made["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     return made
 
 

@@ -265,6 +265,11 @@ class TestTools:
         ("change", "message"),
         [
             ({"tools": ["hammer"]}, "row 1 has tools that are no list of JSON schemas"),
+            ({"chat_template_kwargs": [1]}, "row 1 has chat_template_kwargs that are no object"),
+            (
+                {"prompt": [{"role": "assistant", "tool_calls": 5}, *row()["prompt"]]},
+                "row 1 has a tool call that is no",
+            ),
             ({"prompt": [{"role": "assistant", "content": None}]}, "row 1 has a prompt that is no list"),
             ({"prompt": given("tool_turns")[0]["prompt"][:2]}, "row 1 has a prompt that ends in a tool call"),
             (

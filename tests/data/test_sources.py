@@ -190,7 +190,19 @@ class TestCache:
         assert len(load_rows(write([row()]), tokenizer, max_prompt_tokens=100)) == 1
 
 
-ODD = ("messages", "instruction", "history", "system", "tools", "tool_calls", "type", "text", "images", "ability")
+ODD = (
+    "messages",
+    "instruction",
+    "history",
+    "system",
+    "tools",
+    "tool_calls",
+    "chat_template_kwargs",
+    "type",
+    "text",
+    "images",
+    "ability",
+)
 ODD = (*ODD, "prompt", "role", "content", "reward_model", "extra_info")
 KEYS = st.sampled_from([*shapes.QUESTIONS, *shapes.TRUTHS, *ODD])
 VALUES = st.recursive(
