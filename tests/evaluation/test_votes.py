@@ -59,6 +59,7 @@ def test_an_endless_comparison_is_cut_off():
     with RewardPool("math", workers=1, timeout=1.0) as pool:
         (votes,) = unite([["3", tower, "3", tower + "+1", "6/2"]], [True], pool)
     assert votes[0] == votes[2] == votes[4] == "3" and votes[1] != "3"
+    assert pool.counts["timeouts"] > 0
 
 
 def test_majority_by_value(pool):
