@@ -28,7 +28,7 @@ import torch
 import prime_kernels
 from benchmarks import peers
 from benchmarks.machine import cpu_name, gpu_facts, installed, results
-from prime_kernels.tune import HEADS
+from benchmarks.peers import HEADS
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "trl", "quack-kernels")
 CHECKED_ROWS = 64  # log-probs compared with float64

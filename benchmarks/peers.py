@@ -18,6 +18,7 @@ from torch import Tensor
 import prime_kernels
 from prime_kernels.reference import policy_token_gradient, policy_token_loss, prm_row_loss, segment_sum
 
+HEADS = {"7B": (3584, 152064), "1.5B": (1536, 151936), "SmolLM2": (576, 49152)}  # (H, V) that are measured
 BETA = 0.05
 CHUNK = 4096  # rows of the chunked peers and of the bare GEMMs
 Step = Callable[[], Tensor | None]

@@ -18,8 +18,7 @@ from benchmarks.advantage import copy_bandwidth
 from benchmarks.gpu.job import PACKAGES, Item, Job
 from benchmarks.lm_head import Clock
 from benchmarks.machine import cpu_name, gpu_facts, installed
-from benchmarks.peers import CHUNK
-from prime_kernels.tune import HEADS
+from benchmarks.peers import CHUNK, HEADS
 
 MODULES = {  # what goes without them
     "triton": "the Triton kernels (stages 2 and 3)",

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import advantage, lm_head, peers
 from benchmarks.gpu.job import Item, Job
-from prime_kernels.tune import HEADS
+from benchmarks.peers import HEADS
 
 CASES = [  # the largest first, losses before log-probs alone
     *[("policy", head, 32768) for head in HEADS],
