@@ -1,9 +1,9 @@
 """The calls of the launch gate: values for every parameter of every op, and how they are combined."""
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -66,21 +66,26 @@ def given(axis: str, make: Callable) -> Callable[[Setting], torch.Tensor | None]
     return lambda s: make(s) if s[axis] else None
 
 
-@functools.cache
-def alone() -> dist.ProcessGroup:
-    """A process group of this process."""
-    if not dist.is_initialized():
+@contextmanager
+def alone() -> Iterator[dist.ProcessGroup]:
+    """A process group of this process, unless it is in one."""
+    own = not dist.is_initialized()
+    if own:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return dist.new_group([dist.get_rank()], backend="gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        if own:
+            dist.destroy_process_group()
 
 
-ROWS = ((16, 16), (5, 3, 17), (1,))  # tokens of each row
+ROWS = ((16, 16), (1,), (5, 3, 17))  # tokens of each row
 HEAD_AXES = {
     "dtype": tuple(dtype for dtype in checks.HIDDEN if dtype != torch.float64),
     "H": HEADS,
     "PRIME_KERNELS_LOGITS": (None, *tune.PATHS),
     "V": (48, 1, 37),
-    "rows": (*ROWS, ()),
+    "rows": ((), *ROWS),
     "PRIME_KERNELS_CHUNK_ROWS": (None, "7"),
     "layout": ("packed", "strided", "misaligned"),
     "grads": ((), ("weight",), ("hidden",), ("hidden", "weight", "bias")),
@@ -120,7 +125,7 @@ OPS = {
             "ref": (torch.float32, torch.bfloat16),
             "vectors": (torch.float32,),
             "offsets": checks.OFFSETS,
-            "rows": (*ROWS, (3,) * 16),
+            "rows": ((3,) * 16, *ROWS),
             "layout": ("packed", "strided", "misaligned"),
             "several_ranks": (False, True),
             "beta": (0.05, 1.0),
@@ -141,7 +146,7 @@ OPS = {
             "cu_seqlens": offsets,
             "group": ids,
             "estimator": lambda s: s["kind"] if len(s["rows"]) > 1 else "reinforce",  # which compares no rows
-            "process_group": given("several_ranks", lambda s: alone()),
+            "process_group": given("several_ranks", lambda s: dist.group.WORLD),
         },
     ),
 }

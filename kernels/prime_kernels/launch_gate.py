@@ -96,6 +96,7 @@ class Extension:
 
 def product(a, b, out, accumulate: bool = False):
     """linear_fused.product, of shapes and dtypes alone."""
+    assert out.dtype == torch.float32, f"a product of {a.dtype} would be added up in {out.dtype}"
     wider = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     torch.mm(a.to("meta"), b.to("meta"), out=out.to("meta"), **wider)
     return out
@@ -116,6 +117,7 @@ def gpu(chip: int):
         stack.enter_context(mock.patch.object(tune, "chip", lambda device: chip))
         stack.enter_context(mock.patch.object(linear_fused, "product", product))
         stack.enter_context(mock.patch.object(advantage_cuda, "extension", lambda name: extension))
+        stack.enter_context(launch_calls.alone())
         driver.set_active(machine)
         stack.callback(driver.set_active, before)
         yield machine, extension
@@ -162,6 +164,7 @@ def unvaried() -> list[str]:
     for op in dispatch.IMPLEMENTATIONS:
         seen = Seen()
         with (
+            launch_calls.alone(),
             mock.patch.object(checks, "tensor", functools.partial(seen.tensor, checks.tensor)),
             mock.patch.object(checks, "one_of", functools.partial(seen.one_of, checks.one_of)),
         ):

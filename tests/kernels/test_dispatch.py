@@ -1,10 +1,14 @@
+import contextlib
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from prime_kernels import backends, dispatch
+import prime_kernels
+from prime_kernels import backends, dispatch, launch_calls
 
 OP = "prime_advantage"
 SINGLE, DOUBLE, HALF = torch.zeros(1), torch.zeros(1).double(), torch.zeros(1).bfloat16()
@@ -79,7 +83,16 @@ def test_what_is_missing_is_named_with_its_fix(monkeypatch):
         assert table["cpu"] == (
             "prime_kernels._C is not built: install a C++17 compiler (g++ or clang++) and reinstall prime-fast"
         )
-        assert table["triton"] == "Triton is not installed: pip install triton==3.7.1"
+        installed = f"beside torch {torch.__version__}"
+        assert table["triton"].startswith("Triton is not installed: pip install triton")
+        assert table["triton"].endswith(installed)
+        for version, release in (
+            ("2.11.0+cu130", "==3.6.0, "),
+            ("2.13.0+cpu", "==3.7.1, "),
+            ("2.99.0", ", in the rel"),
+        ):
+            monkeypatch.setattr(torch, "__version__", version)
+            assert f"pip install triton{release}" in backends()[OP]["triton"]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert "_cuda is not built: install a CUDA toolkit (nvcc on PATH or CUDA_HOME)" in backends()[OP]["cuda"]
         with pytest.raises(RuntimeError, match="_C is not built"):
@@ -101,3 +114,39 @@ def test_importing_the_library_loads_neither_triton_nor_the_extensions():
         "assert all(set(row) == set(prime_kernels.dispatch.BACKENDS) for row in table.values())"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_operator_runs_on_the_device_of_its_tensors(monkeypatch):
+    """The guard stands around each of them, backward too; that it moves the current device is torch's own."""
+    inside, runs = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def resolve(op, backend, tensors, real=dispatch.resolve):
+        given = next(x for x in tensors if x is not None)
+        assert inside and inside[-1].data_ptr() == given.data_ptr(), op
+        runs.append(op)
+        return real(op, backend, tensors)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in ("advantage", "linear_logprob", "linear_loss"):
+        monkeypatch.setattr(importlib.import_module(f"prime_kernels.{module}"), "resolve", resolve)
+    names = [name for name in launch_calls.OPS if name != "prime_advantage"]
+    for op in names:
+        *_, setting = (s for s in launch_calls.settings(op, (16,), 1) if len(s["grads"]) == 3 and s["rows"])
+        result = getattr(prime_kernels, op)(**launch_calls.arguments(op, setting), backend="torch")
+        result = result if isinstance(result, torch.Tensor) else result[0]
+        result.sum().backward()
+    ones = torch.ones(2)
+    prime_kernels.prime_advantage(ones, ones, ones, torch.arange(3), torch.zeros(2).long())
+    assert runs == ["linear_logprob", "linear_logprob", "linear_policy_loss", "linear_prm_loss", "prime_advantage"]
+
+
+def test_every_operator_is_made_in_the_one_place():
+    package = Path(dispatch.__file__).parent
+    makers = [file.name for file in package.glob("*.py") if "torch.library.custom_op" in file.read_text()]
+    assert makers == ["dispatch.py"]

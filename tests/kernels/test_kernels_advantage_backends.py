@@ -24,6 +24,7 @@ from on_device import on_device
 from test_kernels_advantage import CASES, batches, options, packed, permute, repack
 
 from prime_kernels import advantage, advantage_cuda, dispatch, prime_advantage
+from prime_kernels.launch_calls import alone
 
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -283,6 +284,85 @@ def test_a_bad_value_is_an_error_that_names_the_row(backend, batch, kwargs, mess
     check(ragged([2, 3, 1, 4], [4, 4, 9, 9]), backend)  # and leaves nothing behind
 
 
+BAD_OFFSETS = {  # of 10 tokens
+    "short": [0, 2, 5, 6, 9],
+    "long": [0, 2, 5, 6, 11],
+    "descending": [0, 5, 2, 6, 10],
+    "from 1 on": [1, 2, 5, 6, 10],
+    "empty row": [0, 2, 2, 6, 10],
+    "negative": [0, -3, 5, 6, 10],
+    "all negative": [-9, -7, -5, -3, -1],
+    "negative end": [0, 2, 5, 6, -1],
+    "nothing": [0, 0, 0, 0, 0],
+    "beyond int32": [0, 2**32 + 2, 5, 6, 10],
+    "differences beyond int32": [0, 2**31 - 1, -5, 6, 10],
+}
+
+
+@pytest.fixture
+def group_of_one():
+    with alone() as group:
+        yield group
+
+
+@pytest.fixture
+def margins(monkeypatch):
+    """What torch.empty gives stands between two margins; -> a function that says whether they are untouched."""
+    empty, buffers = torch.empty, []
+
+    def guarded(*size, **options):
+        size = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        buffer = torch.full((size.numel() + 128,), 7, **options)
+        buffers.append(buffer)
+        return buffer[64:-64].view(size)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield lambda: all((x[:64] == 7).all() and (x[-64:] == 7).all() for x in buffers)
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("several_ranks", [False, True])
+@pytest.mark.parametrize("offsets", BAD_OFFSETS)
+def test_bad_offsets_are_an_error_and_nothing_is_written_outside(
+    backend, several_ranks, offsets, margins, group_of_one
+):
+    process_group = group_of_one if several_ranks else None
+    for dtype in (torch.int32, torch.int64):
+        if dtype == torch.int32 and max(BAD_OFFSETS[offsets]) >= 2**31:
+            continue
+        cu_seqlens = torch.tensor(BAD_OFFSETS[offsets], dtype=dtype)
+        for process_weight, with_prm in ((1.0, True), (0.0, True), (0.0, False)):
+            if not with_prm and offsets in ("short", "long"):
+                continue  # as many tokens as they say
+            prm, ref, outcome, _, group = ragged([2, 3, 1, 4], [4, 4, 9, 9])
+            given = (prm, ref) if with_prm else (None, None)
+            with pytest.raises(ValueError, match="cu_seqlens|no token"):
+                prime_advantage(
+                    *given, outcome, cu_seqlens, group, process_weight=process_weight, process_group=process_group,
+                    backend=backend,
+                )  # fmt: skip
+    assert margins()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_token_and_one_row(backend):
+    check(ragged([1], [3]), backend, estimator="reinforce", outcome_gamma=0.5)
+    check(ragged([1, 1], [3, 3]), backend)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+def test_what_must_read_from_the_gpu_is_refused_under_graph_capture(monkeypatch, backend, group_of_one):
+    monkeypatch.setattr(advantage, "capturing", lambda: True)
+    prm, ref, *rest = ragged([2, 3, 1, 4], [4, 4, 9, 9])
+    calls = [(None, None, {"process_weight": 0.0}), (prm, ref, {"process_group": group_of_one})]
+    for *logprobs, more in calls if backend != "torch" else [*calls, (prm, ref, {})]:
+        with pytest.raises(ValueError, match="a CUDA graph cannot capture: pass prm_logprob, no process_group, and"):
+            prime_advantage(*logprobs, *rest, backend=backend, **more)
+    if backend != "torch":
+        assert prime_advantage(prm, ref, *rest, backend=backend).advantage.isfinite().all()
+
+
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu"])
 @pytest.mark.parametrize(("batch", "kwargs", "message"), BAD, ids=[message for *_, message in BAD])
 def test_a_bad_value_under_graph_capture_leaves_no_number_to_use(monkeypatch, backend, batch, kwargs, message):
@@ -328,25 +408,18 @@ def test_two_ranks_equal_one(tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_process_group_of_one_changes_nothing(backend, tmp_path, emulator):
-    own_group = not dist.is_initialized()  # another test of this process may have one
-    if own_group:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        launches = emulator and emulator.launches
-        for kind in KINDS:
-            kwargs = {"estimator": kind[0], "form": kind[1], "gamma": 0.9, "backend": backend}
-            batch = ragged(LONG, LONG_GROUP)
-            got = prime_advantage(*batch, process_group=dist.group.WORLD, **kwargs)
-            torch.testing.assert_close(tuple(got), tuple(prime_advantage(*batch, **kwargs)), rtol=0, atol=1e-6)
-        if emulator and backend == "cuda":
-            assert emulator.launches == launches + 3 * len(KINDS)  # two with a group, one without
-        for batch, kwargs, message in BAD:
-            with pytest.raises(ValueError, match=message):
-                prime_advantage(*batch, backend=backend, process_group=dist.group.WORLD, **kwargs)
-    finally:
-        if own_group:
-            dist.destroy_process_group()
+def test_a_process_group_of_one_changes_nothing(backend, group_of_one, emulator):
+    launches = emulator and emulator.launches
+    for kind in KINDS:
+        kwargs = {"estimator": kind[0], "form": kind[1], "gamma": 0.9, "backend": backend}
+        batch = ragged(LONG, LONG_GROUP)
+        got = prime_advantage(*batch, process_group=group_of_one, **kwargs)
+        torch.testing.assert_close(tuple(got), tuple(prime_advantage(*batch, **kwargs)), rtol=0, atol=1e-6)
+    if emulator and backend == "cuda":
+        assert emulator.launches == launches + 3 * len(KINDS)  # two with a group, one without
+    for batch, kwargs, message in BAD:
+        with pytest.raises(ValueError, match=message):
+            prime_advantage(*batch, backend=backend, process_group=group_of_one, **kwargs)
 
 
 @pytest.mark.parametrize("backend", ["triton"] if INTERPRETING else [None, "cpu", "torch"])

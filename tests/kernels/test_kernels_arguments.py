@@ -94,6 +94,22 @@ def test_arguments(op, change, message):
         function(**arguments() | change)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 2, 5], [0, 2, 9], [0, 7, 6], [1, 2, 6], [0, 6, 6], [0, -2, 6], [-6, -3, 6], [0, 2, -1], [0, 2**32 + 2, 6]],
+)
+def test_bad_offsets_of_the_prm_loss(backend, offsets):
+    with pytest.raises(ValueError, match="cu_seqlens|no token"):
+        linear_prm_loss(**prm() | {"cu_seqlens": torch.tensor(offsets)}, backend=backend)
+
+
+def test_offsets_whose_differences_overflow():
+    offsets = torch.tensor([0, 2**31 - 1, -5, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens falls after row 1"):
+        linear_prm_loss(**prm() | {"cu_seqlens": offsets, "outcome": torch.zeros(3)})
+
+
 @pytest.mark.parametrize("target", [-100, V])
 def test_targets_are_range_checked_on_request(monkeypatch, target):
     monkeypatch.setenv("PRIME_KERNELS_CHECK", "1")

@@ -3,6 +3,9 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
+
+from prime_kernels import tune
 
 pytest.importorskip("triton", reason="the triton back-end needs Triton: pip install triton==3.7.1")
 
@@ -15,13 +18,39 @@ def test_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_shipped_configuration_fits_the_chips():
-    """For sm_80 and sm_90: no spills, shared memory within the chip's, tensor cores used."""
-    from prime_kernels import compile_check, linear_logprob_triton, linear_loss_triton
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
-    cases = [*linear_logprob_triton.compile_cases(), *linear_loss_triton.compile_cases()]
-    reports = [compile_check.compiled(case, chip) for case in cases for chip in case.chips]
-    assert not [report for report in reports if report.problem], compile_check.table(reports)
-    gemms = [report for report in reports if report.name.startswith("vocabulary")]
-    assert {("HGMMA" in report.mma, report.chip) for report in gemms} == {(False, 80), (True, 90)}
-    assert all("HMMA" in report.mma for report in gemms if report.chip == 80)
+
+@pytest.mark.parametrize(
+    ("chip", "hidden", "operand", "path"),
+    [
+        (90, 576, BFLOAT16, "fused"),
+        (90, 2048, BFLOAT16, "fused"),
+        (90, 3584, BFLOAT16, "gemm"),
+        (90, 64, BFLOAT16, "gemm"),
+        (90, 577, BFLOAT16, "gemm"),
+        (90, 576, FLOAT32, "gemm"),
+        (80, 1536, BFLOAT16, "gemm"),
+    ],
+)
+def test_where_logits_come_from(monkeypatch, chip, hidden, operand, path):
+    monkeypatch.delenv("PRIME_KERNELS_LOGITS", raising=False)
+    assert tune.path(chip, hidden, operand) == path
+    for chosen in tune.PATHS:
+        monkeypatch.setenv("PRIME_KERNELS_LOGITS", chosen)
+        assert tune.path(chip, hidden, operand) == chosen
+    monkeypatch.setenv("PRIME_KERNELS_LOGITS", "cutlass")
+    with pytest.raises(ValueError, match="PRIME_KERNELS_LOGITS is 'cutlass', needs one of fused, gemm"):
+        tune.path(chip, hidden, operand)
+
+
+@pytest.mark.parametrize(("hidden", "operand"), [(576, FLOAT32), (64, BFLOAT16)])
+def test_a_head_that_the_vocabulary_kernel_does_not_fit_is_refused(hidden, operand):
+    with pytest.raises(ValueError, match=f"takes bfloat16 and hidden sizes from 128 on, not {operand} and {hidden}"):
+        tune.tile(90, hidden, operand, plain=True)
+
+
+def test_another_chip_takes_what_fits_ampere(monkeypatch):
+    for capability, chip in (((8, 6), 80), ((9, 0), 90), ((10, 0), 80), ((12, 0), 80)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert tune.chip(torch.device("cuda", 0)) == chip
