@@ -11,7 +11,23 @@ import torch
 
 from prime_fast.memory.items import Item
 from prime_fast.memory.shapes import Shape
+from prime_kernels import tune
+from prime_kernels.linear_cpu import Rows as CPURows
 from prime_kernels.linear_fused import Head
+
+
+class GPURows:
+    """The sizes of linear_loss_triton.Rows, for machines without Triton. Logits always have a buffer: on Hopper alone
+    some heads do without in a forward."""
+
+    streams = False
+
+    def __init__(self, hidden: torch.Tensor, *_: object) -> None:
+        self.operand = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+        self.chunk_rows, self.logit_rows = tune.gpu_rows(in_place=self.operand == torch.float32)
+
+    def padded(self, rows: int) -> int:
+        return self.logit_rows
 
 
 def saved_by_layer(shape: Shape, width: int) -> int:
@@ -40,13 +56,10 @@ def working(shape: Shape, width: int) -> int:
 @cache
 def head_buffers(shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, backward: bool) -> int:
     """Bytes that prime_kernels.linear_fused.Head allocates, counted from a real one on the meta device."""
-    if on_gpu:
-        from prime_kernels.linear_loss_triton import Rows
-    else:
-        from prime_kernels.linear_cpu import Rows
+    rows_type = GPURows if on_gpu else CPURows
     hidden = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
     weight = torch.empty(shape.vocabulary, shape.hidden, dtype=dtype, device="meta")
-    head = Head(Rows, hidden, weight, None, 1.0, None, (backward, backward, False))
+    head = Head(rows_type, hidden, weight, None, 1.0, None, (backward, backward, False))
     given = {id(hidden), id(weight)}
     made = {id(x): x.nbytes for x in vars(head).values() if isinstance(x, torch.Tensor) and id(x) not in given}
     rows = min(tokens, head.kernel.chunk_rows) if backward else 0

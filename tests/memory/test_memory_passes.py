@@ -10,6 +10,7 @@ from prime_fast.engine import packing
 from prime_fast.engine.model import PackedLM
 from prime_fast.memory import passes
 from prime_fast.memory.shapes import shape
+from prime_kernels import linear_loss_triton
 
 FAMILIES = {
     "llama": LlamaConfig,
@@ -82,6 +83,14 @@ def test_vllm_joins_projections(tmp_path):
     parts = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
     assert joined.count(sum(part.weight.numel() for part in parts)) == 3
     assert joined.count(2 * layer.mlp.gate_proj.weight.numel()) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_the_kernels_own_row_counts(dtype):
+    hidden = torch.empty(8, 96, dtype=dtype, device="meta")
+    mine, theirs = passes.GPURows(hidden), linear_loss_triton.Rows(hidden, hidden, None, 1.0, None)
+    assert all(getattr(mine, name) == getattr(theirs, name) for name in ("operand", "chunk_rows", "logit_rows"))
+    assert mine.padded(5) == theirs.padded(5)
 
 
 @pytest.mark.parametrize("backward", [False, True])
