@@ -180,6 +180,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(devices, "_driver_cuda", lambda: driver)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(chips) if usable else 0)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         properties = [SimpleNamespace(name=name, major=major, minor=minor) for name, major, minor, _ in chips]
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (int(chips[index][3] * GIB), 80 * GIB))
