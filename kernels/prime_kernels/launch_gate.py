@@ -195,7 +195,8 @@ def made(op: str, backend: str, setting: dict) -> str | None:
     """One call and its backward; what is wrong with it. What a PRIME_KERNELS_ variable asks for may be refused."""
     overrides = {name: value for name, value in setting.items() if name.startswith("PRIME_KERNELS_") and value}
     arguments = launch_calls.arguments(op, setting)
-    with mock.patch.dict(os.environ, overrides):
+    others = {name: value for name, value in os.environ.items() if not name.startswith("PRIME_KERNELS_")}
+    with mock.patch.dict(os.environ, others | overrides, clear=True):
         try:
             results = getattr(prime_kernels, op)(**arguments, backend=backend)
             results = [x for x in (results if isinstance(results, tuple) else [results]) if x.requires_grad]

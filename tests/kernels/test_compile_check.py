@@ -1,7 +1,9 @@
 import inspect
 import itertools
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import processes
 import pytest
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 
 import prime_kernels
-from prime_kernels import compile_check, dispatch, launch_calls, launch_gate, linear_logprob
+from prime_kernels import compile_check, dispatch, launch_calls, launch_gate, linear_logprob, tune
 from prime_kernels.compile_check import judged, mma_counts, parse_ptxas, short, table
 
 LOG = """
@@ -161,6 +163,15 @@ def test_a_value_that_no_call_gives_is_named(monkeypatch, op, axis, values, miss
     assert missing in launch_gate.unvaried()
 
 
+def test_every_variable_of_the_environment_is_known():
+    package = Path(prime_kernels.__file__).parent
+    names = {
+        name for file in package.glob("*.py") for name in re.findall(r'"(PRIME_KERNELS_[A-Z_]+)"', file.read_text())
+    }
+    axes = {name for op in launch_calls.OPS.values() for name in op.axes}
+    assert names - axes == {"PRIME_KERNELS_CHECK", "PRIME_KERNELS_"}  # the first adds a check, the second is a prefix
+
+
 def test_any_two_values_meet():
     axes = {"a": (0, 1), "b": (0, 1, 2), "c": ("x", "y"), "d": (None, 1, 2, 3)}
     found = list(launch_calls.covering(axes, 2))
@@ -176,7 +187,7 @@ def test_a_call_may_only_be_refused_what_it_asks_for(monkeypatch):
     with launch_gate.gpu(90):
         assert launch_gate.made("linear_logprob", "triton", plain | {"PRIME_KERNELS_LOGITS": "fused"}) is None
         assert "softcap is -1.0" in launch_gate.made("linear_logprob", "triton", plain | {"softcap": -1.0})
-        monkeypatch.setenv("PRIME_KERNELS_LOGITS", "fused")
+        monkeypatch.setattr(tune, "path", lambda *head: "fused")
         assert "takes bfloat16" in launch_gate.made("linear_logprob", "triton", plain)
 
 
