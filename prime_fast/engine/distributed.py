@@ -33,7 +33,7 @@ def initialize() -> torch.device:
 
 
 def device() -> torch.device:
-    """This rank's, with its index. The one place that names a device: "cuda" alone has no index to hand on."""
+    """This rank's, with its index, which "cuda" alone does not have."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

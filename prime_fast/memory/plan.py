@@ -44,7 +44,7 @@ class Plan:
     def __init__(self, config: Config, ranks: int, card: int | None = None, on_gpu: bool = True) -> None:
         self.config, self.ranks, self.card, self.on_gpu = config, ranks, card, on_gpu
         self.place = "GPU" if on_gpu else "host"
-        self.dtype = training_dtype(config.model, torch.device("cuda" if on_gpu else "cpu"))
+        self.dtype = training_dtype(config.model, torch.device("cuda:0" if on_gpu else "cpu"))
         optimizers = {"policy": config.policy, "prm": config.prm if config.prime.update != "none" else None}
         self.states = {
             role: States(role, shape(path), self.dtype, ranks, config.engine, optimizers.get(role), on_gpu)
