@@ -100,6 +100,7 @@ class Trainer:
             prm_logprob, prm_applied, prm_record = self._prm_logprob(batch, prm_minis, ref_logprob)
         record |= prm_record
         if prm_logprob is not None and not torch.isfinite(prm_logprob).all():
+            self.updated = record  # the PRM may have moved
             return record | self._skip("the PRM's log-probs are not finite")
         with phases("advantage"):
             advantage, advantage_record = self._advantage(batch, prm_logprob, ref_logprob)

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.gpu.job import LOST, spoiled
 
-OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore", "--continue-on-collection-errors"]
 TIMEOUT = ["-p", "pytest_timeout", "-o", "timeout=60", "-o", "timeout_method=thread"]  # a hanging test loses its worker
 ERROR_TEXT = 1500  # characters kept of a failure, from its end
 

@@ -23,8 +23,10 @@ import torch
 
 from benchmarks.gpu.facts import PEAK, tflops
 from benchmarks.gpu.job import ROOT, Item, Job, Skipped
+from benchmarks.machine import installed
 
-NEEDED = ("deepspeed", "pydantic", "pyarrow", "rich", "accelerate", "transformers")
+NEEDED = ("deepspeed", "hjson", "pydantic", "pyarrow", "rich", "accelerate", "transformers")
+TRANSFORMERS = (5, 19)  # the oldest release that pyproject.toml allows
 SHAPES = {  # Qwen2.5's
     "1.5B": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960},
     "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864},
@@ -47,7 +49,11 @@ def run(job: Job) -> None:
 
 
 def missing() -> list[str]:
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    found = installed("transformers")
+    if found and tuple(map(int, found.split(".")[:2])) < TRANSFORMERS:
+        absent.append(f"transformers >= {'.'.join(map(str, TRANSFORMERS))} (here {found})")
+    return absent
 
 
 def refuse(absent: list[str]) -> dict:

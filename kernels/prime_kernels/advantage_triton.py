@@ -20,7 +20,7 @@ from prime_kernels.reference import Advantage
 BLOCK, ROWS, WARPS = 512, 512, 4  # tokens and rows at a time
 # What Triton must not look at: a kernel of its own for one row, or for 16, helps nobody and may round differently
 PLAIN = ["outcome", "cu_seqlens", "reward", "table", "moments", "tokens", "rows"]
-PLAIN_SUMS = [*PLAIN, "prm", "ref", "score", "sums", "work", "counters"]
+PLAIN_SUMS = [*PLAIN, "group", "prm", "ref", "score", "sums", "work", "counters"]
 
 
 @triton.jit

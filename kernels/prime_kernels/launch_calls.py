@@ -24,7 +24,10 @@ class Op(NamedTuple):
 
 
 def floats(*shape: int, dtype=torch.float32, layout: str = "packed", grad: bool = False) -> torch.Tensor:
-    """Ones; "strided": not contiguous, "misaligned": contiguous but not from a multiple of 16 bytes on."""
+    """Ones; "strided": not contiguous, "misaligned": contiguous but not from a multiple of 16 bytes on; "wide": rows of
+    a matrix with one column more, of which a single one is contiguous to torch."""
+    if layout == "wide" and len(shape) == 2:
+        return torch.ones(shape[0], shape[1] + 1, dtype=dtype)[:, :-1].requires_grad_(grad)
     if layout == "strided":
         return torch.ones(*shape, 2, dtype=dtype)[..., 0].requires_grad_(grad)
     start = int(layout == "misaligned")
@@ -50,12 +53,20 @@ def per_row(s: Setting) -> torch.Tensor:
     return floats(len(s["rows"]), dtype=s["vectors"])
 
 
+def integers(values: list[int], s: Setting, dtype=torch.int64) -> torch.Tensor:
+    """In the layouts of `floats`."""
+    made = torch.tensor(values, dtype=dtype)
+    if s["layout"] == "strided":
+        return made.repeat_interleave(2)[::2]
+    return torch.cat([made.new_zeros(1), made])[1:] if s["layout"] == "misaligned" else made
+
+
 def offsets(s: Setting) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(s["rows"])], dtype=s["offsets"])
+    return integers([0, *itertools.accumulate(s["rows"])], s, s["offsets"])
 
 
 def ids(s: Setting) -> torch.Tensor:
-    return torch.zeros(len(s["rows"]), dtype=torch.int64)
+    return integers([0] * len(s["rows"]), s)
 
 
 def logprobs(s: Setting, dtype: str) -> torch.Tensor | None:
@@ -87,7 +98,7 @@ HEAD_AXES = {
     "V": (48, 1, 37),
     "rows": ((), *ROWS),
     "PRIME_KERNELS_CHUNK_ROWS": (None, "7"),
-    "layout": ("packed", "strided", "misaligned"),
+    "layout": ("packed", "strided", "wide", "misaligned"),
     "grads": ((), ("weight",), ("hidden",), ("hidden", "weight", "bias")),
     "with_bias": (False, True),
     "softcap": (None, 30.0),
@@ -96,7 +107,7 @@ HEAD = {
     "hidden": matrix("hidden", tokens, lambda s: s["H"]),
     "weight": matrix("weight", lambda s: s["V"], lambda s: s["H"]),
     "bias": given("with_bias", matrix("bias", lambda s: s["V"])),
-    "targets": lambda s: torch.zeros(tokens(s), dtype=torch.int64),
+    "targets": lambda s: integers([0] * tokens(s), s),
 }
 OPS = {
     "linear_logprob": Op(
@@ -126,7 +137,7 @@ OPS = {
             "vectors": (torch.float32,),
             "offsets": checks.OFFSETS,
             "rows": ((3,) * 16, *ROWS),
-            "layout": ("packed", "strided", "misaligned"),
+            "layout": ("packed", "strided", "wide", "misaligned"),
             "several_ranks": (False, True),
             "beta": (0.05, 1.0),
             "gamma": (1.0, 0.9),

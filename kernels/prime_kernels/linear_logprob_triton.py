@@ -142,7 +142,9 @@ def vocabulary_stats(
 
         blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
         aligned = (x if x.data_ptr() % 16 == 0 else x.clone() for x in operands)  # TMA reads from nowhere else
-        operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(aligned, blocks, strict=True)]
+        # a single row is contiguous to torch whatever its row stride, which TMA would check
+        strides = [size, 1]
+        operands = [TensorDescriptor(x, list(x.shape), strides, b) for x, b in zip(aligned, blocks, strict=True)]
     if rows:
         vocabulary_kernel[triton.cdiv(rows, tile.rows) * tile.splits,](
             *operands, bias, targets, logits, stats, rows, len(weight), 1 / temperature, softcap,

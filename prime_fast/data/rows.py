@@ -46,7 +46,7 @@ class Rows:
         """`1319 rows of test.jsonl (verl shape), 2 too long`."""
         files = ", ".join(f"{name} ({shape} shape)" for name, shape in zip(self.source, self.shape, strict=True))
         left = {"too long": self.dropped, "broken": self.broken, "duplicates": self.duplicates}
-        left |= {"without a chat template": self.raw}
+        left |= {"as they stand, not through a chat template (data.template)": self.raw}
         return f"{len(self)} rows of {files}" + "".join(f", {count} {why}" for why, count in left.items() if count)
 
 
@@ -76,7 +76,9 @@ def load_rows(
     nothing is left, FileNotFoundError.
     """
 
-    def prepare(row):
+    def prepare(row, shape):
+        if shape == "verl" and (row["reward_model"] or {}).get("ground_truth") in (None, ""):
+            raise ValueError("has no reward_model.ground_truth")
         if check:
             check(row)
 
@@ -107,7 +109,7 @@ def load_demonstrations(
     Everything else as in `load_rows`.
     """
 
-    def prepare(row):
+    def prepare(row, _):
         text = row
         for key in solution.split("."):
             text = text.get(key) if isinstance(text, dict) else None
@@ -187,15 +189,16 @@ def _load(paths, template: Template, prepare, options, max_tokens: int, limit: i
 def _check(source, prepare) -> None:
     """A wrong row is told before the minutes that tokenising those before it takes."""
     for name in source:
-        for where, row in sources.read(name)[1]:
-            _prepare(where, row, prepare)
+        shape, rows = sources.read(name)
+        for where, row in rows:
+            _prepare(where, row, shape, prepare)
 
 
-def _prepare(where: str, row: dict | ValueError, prepare) -> str | None:
+def _prepare(where: str, row: dict | ValueError, shape: str, prepare) -> Any:
     if isinstance(row, ValueError):
         raise row
     try:
-        return prepare(row)
+        return prepare(row, shape)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
 
@@ -245,8 +248,8 @@ def _prepared(
     """(row, its prompt as text and whether that is raw, response or None) of the rows that are whole."""
     for where, row in chunk:
         try:
-            response = _prepare(where, row, prepare)
-            yield row, _prepare(where, row, lambda row: template.apply(row, shape)), response
+            response = _prepare(where, row, shape, prepare)
+            yield row, _prepare(where, row, shape, template.apply), response
         except ValueError:
             if "broken" not in drop:
                 raise

@@ -98,6 +98,11 @@ def _prompt(row: dict, shape: str) -> tuple[Any, Any]:
             _check_prompt(messages)
             *prompt, answer = messages
             worked = worked or text_of(answer.get("content") or "")
+        if others := [name for name in QUESTIONS if shape == "messages" and row.get(name)]:
+            _check_prompt(prompt)
+            asked = [text_of(m.get("content") or "") for m in prompt if m["role"] == "user"][-1:]
+            if different := [name for name in others if row[name] not in asked]:
+                raise ValueError(f"has two prompts: {[key, *different]}")
     elif isinstance(prompt, str) and key in QUESTIONS:
         prompt = [{"role": "user", "content": prompt}]
     return prompt, worked
@@ -116,6 +121,8 @@ def _prompt_key(row: dict, shape: str) -> str:
 
 def _alpaca(row: dict) -> list[dict]:
     asked = [row[key] for key in ("instruction", "input") if row.get(key)]
+    if others := [key for key in QUESTIONS if key != "input" and row.get(key) and row[key] not in asked]:
+        raise ValueError(f"has two prompts: {['instruction', *others]}")
     if not row.get("instruction") or not all(isinstance(text, str) for text in asked):
         raise ValueError("has no prompt: instruction, and input if there is one, must be texts")
     before = row.get("history") or []
@@ -156,8 +163,6 @@ def _reward_model(row: dict) -> dict:
     model = decoded(row.get("reward_model"))
     if not isinstance(model, dict | None):
         raise ValueError(f"has a reward_model that is no object but {model!r:.60}")
-    if (model or {}).get("ground_truth") in (None, ""):
-        raise ValueError("has no reward_model.ground_truth")
     return {"reward_model": model}
 
 

@@ -122,15 +122,17 @@ class Fleet:
         self.restarts += 1
         if distributed.rank() == 0:
             print(f"{errors[0]}; restarting it", flush=True)
+        died = own is not None
+        del own, errors, fatal  # their tracebacks hold the buckets of a sync
         self._together(release_cached)
         room = min(distributed.gather_lists([_room()]))
-        self._together(lambda: own and self.engine.restart(room))
-        self._together(self._push if own else self._follow)
+        self._together(lambda: died and self.engine.restart(room))
+        self._together(self._push if died else self._follow)
+        self._together(release_cached)
         if not self.asleep:
-            self._together(release_cached)
-            self._together(lambda: own and self._take_up())
+            self._together(lambda: died and self._take_up())
         if again:
-            self._together(lambda: own and action())
+            self._together(lambda: died and action())
         return result
 
     def _take_up(self) -> None:

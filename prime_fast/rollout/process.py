@@ -153,7 +153,8 @@ class EngineProcess(RolloutEngine):
         """vLLM refuses to start where less is free than it is to take: beside a trainer at work it takes less."""
         self.finalizer()
         options = self.settings["options"]
-        if self.settings["sleep_level"] and room < options.get("gpu_memory_utilization", GPU_SHARE):
+        shared = self.source == 0
+        if shared and room < options.get("gpu_memory_utilization", GPU_SHARE):
             options = options | {"gpu_memory_utilization": room}
         self.start(self.settings | {"options": options})
         self.sleep()

@@ -205,8 +205,9 @@ def test_no_test_at_all_is_an_error(tmp_path):
         ("========= ERROR SUMMARY: 0 errors\n", 0, None),
         ("3 passed in 2s\n========= ERROR SUMMARY: 7 errors\n", 86, None),
         ("3 passed in 2s", 0, None),
+        ("CUDA error: operation not supported\n1 failed, 2 passed in 2s", 1, None),
     ],
-    ids=["clean", "nothing ran", "errors", "no word of the sanitizer"],
+    ids=["clean", "nothing ran", "errors", "no word of the sanitizer", "a failure with its words"],
 )
 def test_a_sanitizer_is_believed_only_if_it_looked(output, code, verdict):
     if verdict:

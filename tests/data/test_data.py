@@ -184,6 +184,10 @@ class TestDemonstrations:
         assert self.responses(tokenizer, path, response=template) == ["2+2 = 4.\n\\boxed{4}"]
         assert self.responses(tokenizer, path, response="{solution}!") == ["2+2 = 4.\n#### 4!"]
 
+    @pytest.mark.parametrize("model", [None, {"style": "rule"}])
+    def test_a_worked_solution_needs_no_truth(self, write, tokenizer, model):
+        assert self.responses(tokenizer, write([row(response="4") | {"reward_model": model}])) == ["4"]
+
     def test_other_key(self, write, tokenizer):
         assert self.responses(tokenizer, write([row(worked={"out": "4"})]), solution="worked.out") == ["4"]
 

@@ -19,7 +19,8 @@ def test_what_was_dropped_is_said_of_both(configure, long, capsys):
     inputs = load_inputs(configure(f"data.eval={long}"))
     train, held_out = capsys.readouterr().out.splitlines()
     assert train.startswith("train: 40 rows of ") and train.endswith("rows.jsonl (verl shape)")
-    assert held_out == f"eval: 2 of 2 rows of {long} (trl shape), 2 too long, 2 without a chat template"
+    left = "2 too long, 2 as they stand, not through a chat template (data.template)"
+    assert held_out == f"eval: 2 of 2 rows of {long} (trl shape), {left}"
     assert len(inputs.eval) == 2
 
 

@@ -208,7 +208,7 @@ class TestRaw:
         for made, template, bos in ((base_tokenizer, "auto", "<|bos|>"), (tokenizer, "raw", "")):
             rows = load_rows(ROWS / f"{name}.jsonl", made, max_prompt_tokens=4000, template=template)
             assert made.decode(rows[0]["prompt_ids"]) == bos + text
-            assert rows.raw == 1 and rows[0]["prompt"] == text and str(rows).endswith(", 1 without a chat template")
+            assert rows.raw == 1 and rows[0]["prompt"] == text and str(rows).endswith("(data.template)")
 
     def test_conversations_need_a_template(self, tokenizer, base_tokenizer):
         with pytest.raises(

@@ -51,7 +51,7 @@ class TestShapes:
     def test_trl_rewards_need_no_truth(self, write, tokenizer):
         rows = load_rows(write([{"prompt": "Be brief.", "words": 7}]), tokenizer, max_prompt_tokens=100)
         assert rows[0]["reward_model"] is None and (rows[0]["prompt"], rows[0]["words"]) == ("Be brief.", 7)
-        assert str(rows).endswith("(trl shape), 1 without a chat template")
+        assert str(rows).endswith("(trl shape), 1 as they stand, not through a chat template (data.template)")
 
     def test_worked_solutions_become_demonstrations(self, write, tokenizer):
         path = write([{"question": "2+2?", "answer": "2+2 = 4\n#### 4"}])
@@ -78,6 +78,8 @@ class TestShapes:
                 "row 2 has no prompt in context_messages, input, question, problem",
             ),
             ([{"input": "a", "question": "b", "label": 1}], "row 1 has two prompts: .*input.*question"),
+            ([{"instruction": "a", "question": "b", "answer": 1}], "row 1 has two prompts: .*instruction.*question"),
+            ([{"messages": [{"role": "user", "content": "a"}], "problem": "b"}], "row 1 has two prompts: .*problem"),
             ([{"input": 5, "label": 1}], "row 1 has a prompt that is no list"),
             ([{"text": "a"}], "row 1 has no prompt"),
             ([row(), {"prompt": [{"role": "user", "content": "x"}]}], "row 2 has no reward_model.ground_truth"),
