@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -92,8 +93,10 @@ class World:
         before = os.environ.get(VARIABLE, "")
         os.environ[VARIABLE] = self.secret
         stack.callback(os.environ.__setitem__, VARIABLE, before)
-        user = NOBODY if has_nobody() else None
-        self.neighbour = subprocess.Popen(["sleep", "3600"], user=user, start_new_session=True)
+        # it changes its user itself: with `user=`, Popen copies this process, which fails where memory is short
+        becomes = f"os.setuid({NOBODY}); " if has_nobody() else ""
+        command = [sys.executable, "-c", f"import os; {becomes}os.execvp('sleep', ['sleep', '3600'])"]
+        self.neighbour = subprocess.Popen(command, start_new_session=True)
         stack.callback(self.neighbour.wait)
         stack.callback(self.neighbour.kill)
         libc = ctypes.CDLL(None)
