@@ -87,11 +87,11 @@ class Recorder(RolloutEngine):
 
 
 WAKE = ["release", "wake", "load", "release", "ready"]
-RESTART = ["release", "restart 0.5", "load"]  # (44 GiB - 4 GiB of reserve) / 80 GiB
+RESTART = ["release", "restart 0.5", "load", "release"]  # (44 GiB - 4 GiB of reserve) / 80 GiB
 CYCLES = {
     None: ["submit 7", "step", "sleep", *WAKE],
-    "submit": [*RESTART, "release", "ready", "submit 7", "step", "sleep", *WAKE],
-    "step": ["submit 7", *RESTART, "release", "ready", "submit 7", "sleep", *WAKE],
+    "submit": [*RESTART, "ready", "submit 7", "step", "sleep", *WAKE],
+    "step": ["submit 7", *RESTART, "ready", "submit 7", "sleep", *WAKE],
     "sleep": ["submit 7", "step", *RESTART, "sleep", *WAKE],
     "wake": ["submit 7", "step", "sleep", "release", *RESTART, *WAKE[1:]],
     "load": ["submit 7", "step", "sleep", "release", "wake", *RESTART, *WAKE[3:]],
