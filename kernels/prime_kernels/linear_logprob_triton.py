@@ -133,19 +133,21 @@ def vocabulary_stats(
 
     With logits the kernel always sums for the entropy: the leaner variant spills on sm_90.
     """
-    rows, size = hidden.shape
-    tile = tune.tile(tune.chip(hidden.device), size, hidden.dtype, plain=bias is None and softcap is None)
+    (rows, size), vocabulary = hidden.shape, len(weight)
+    plain = bias is None and softcap is None
+    tile = tune.tile(tune.chip(hidden.device), size, vocabulary, hidden.dtype, plain)
     stats = hidden.new_empty(4, tile.splits, rows, dtype=torch.float32)
+    # TMA reads from a multiple of 16 bytes on alone; without that, pointers cost registers which are not there
+    hidden, weight, bias = (x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in (hidden, weight, bias))
     operands = hidden, weight
     if tile.descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
-        aligned = (x if x.data_ptr() % 16 == 0 else x.clone() for x in operands)  # TMA reads from nowhere else
-        operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(aligned, blocks, strict=True)]
+        operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
     if rows:
         vocabulary_kernel[triton.cdiv(rows, tile.rows) * tile.splits,](
-            *operands, bias, targets, logits, stats, rows, len(weight), 1 / temperature, softcap,
+            *operands, bias, targets, logits, stats, rows, vocabulary, 1 / temperature, softcap,
             H=size, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, SPLITS=tile.splits, GROUP=tile.group,
             ENTROPY=entropy or logits is not None, DESCRIPTORS=tile.descriptors,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,

@@ -146,7 +146,7 @@ class Rows:
         self.bias = None if bias is None else bias.contiguous()
         self.temperature, self.softcap = temperature, softcap
         self.operand = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
-        self.streams = tune.path(tune.chip(hidden.device), hidden.shape[1], self.operand) == "fused"
+        self.streams = tune.path(tune.chip(hidden.device), hidden.shape[1], len(weight), self.operand) == "fused"
         self.chunk_rows, self.logit_rows = tune.gpu_rows(in_place=self.operand == torch.float32)
 
     def padded(self, rows: int) -> int:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 PATHS = ("fused", "gemm")
-FUSED_HEADS = (128, 2048)  # hidden sizes of the vocabulary kernel: the smallest that fits, the largest that pays
 LOGIT_ROWS = 1024  # rows of float32 logits alive at once: 0.6 GB at V = 152k; every logits GEMM has exactly these
 CHUNK_ROWS = 4096  # rows of bfloat16 dlogits per gradient GEMM: 1.2 GB at V = 152k. Fewer, and reading and writing the
 # float32 weight gradient once a chunk shows beside the GEMM
@@ -45,15 +44,19 @@ def chip(device: torch.device) -> int:
     return 90 if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9 else 80
 
 
-def tile(chip: int, hidden: int, operand: torch.dtype, plain: bool) -> Tile:
+def fits(hidden: int, vocabulary: int, operand: torch.dtype) -> bool:
+    """Whether the vocabulary kernel takes such a head without spills, and launches."""
+    return operand == torch.bfloat16 and hidden >= 128 and hidden % 64 == 0 and vocabulary % 16 == 0
+
+
+def tile(chip: int, hidden: int, vocabulary: int, operand: torch.dtype, plain: bool) -> Tile:
     """The widest tile that compiles without spills. `plain`: neither bias nor softcap, whose registers it lacks."""
-    if operand != torch.bfloat16 or hidden < FUSED_HEADS[0]:
+    if not fits(hidden, vocabulary, operand):
         raise ValueError(
-            f"PRIME_KERNELS_LOGITS is 'fused', which takes bfloat16 and hidden sizes from {FUSED_HEADS[0]} on, not "
-            f"{operand} and {hidden}: unset it or use 'gemm'"
+            "PRIME_KERNELS_LOGITS is 'fused', which takes bfloat16, a hidden size from 128 on in steps of 64 and a "
+            f"vocabulary in steps of 16, not {operand}, {hidden} and {vocabulary}: unset it or use 'gemm'"
         )
-    descriptors = chip >= 90 and hidden % 8 == 0  # TMA wants rows of a multiple of 16 bytes
-    return Tile(BLOCK_ROWS, 256 if descriptors and plain else 128, 64, 16, 16, 8, 3, descriptors)
+    return Tile(BLOCK_ROWS, 256 if chip == 90 and plain else 128, 64, 16, 16, 8, 3, descriptors=chip == 90)
 
 
 def gpu_rows(in_place: bool) -> tuple[int, int]:
@@ -67,16 +70,15 @@ def cpu_rows(vocabulary: int) -> int:
     return int(os.environ.get("PRIME_KERNELS_CHUNK_ROWS") or max(CPU_GEMM_ROWS, CPU_LOGITS // vocabulary))
 
 
-def path(chip: int, hidden: int, operand: torch.dtype) -> str:
+def path(chip: int, hidden: int, vocabulary: int, operand: torch.dtype) -> str:
     """Where logits come from, in every op alike, so that equal weights give equal bits whichever op computes them.
 
-    "fused": the vocabulary kernel, whose log-probs need no logits in memory; for bfloat16 on Hopper: elsewhere its
-    programs fill the chip badly or it lacks registers. "gemm": cuBLAS, then the row kernel, which re-reads the float32
-    logits: 20% of the GEMM's time at H = 3584 on an H100, 48% at H = 1536 by bandwidth. PRIME_KERNELS_LOGITS overrides.
+    "fused": the vocabulary kernel, whose log-probs need no logits in memory; on Hopper, as its programs leave much of a
+    smaller chip idle. "gemm": cuBLAS, then the row kernel, which re-reads the float32 logits: 20% of the GEMM's time at
+    H = 3584 on an H100, 48% at H = 1536 by bandwidth. PRIME_KERNELS_LOGITS overrides.
     """
-    fits = chip == 90 and operand == torch.bfloat16 and hidden % 64 == 0
-    fits = fits and FUSED_HEADS[0] <= hidden <= FUSED_HEADS[1]
-    chosen = os.environ.get("PRIME_KERNELS_LOGITS") or ("fused" if fits else "gemm")
+    pays = chip == 90 and hidden <= 2048 and fits(hidden, vocabulary, operand)
+    chosen = os.environ.get("PRIME_KERNELS_LOGITS") or ("fused" if pays else "gemm")
     if chosen not in PATHS:
         raise ValueError(f"PRIME_KERNELS_LOGITS is {chosen!r}, needs one of {', '.join(PATHS)}")
     return chosen

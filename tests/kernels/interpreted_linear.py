@@ -19,7 +19,7 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("PRIME_KERNELS_LOGITS", request.param)
     monkeypatch.setattr(tune, "BLOCK_ROWS", 8)
     monkeypatch.setattr(tune, "ROW", tune.Row(block=32, warps=4))
-    monkeypatch.setattr(tune, "tile", lambda chip, hidden, operand, plain: tiles(hidden))
+    monkeypatch.setattr(tune, "tile", lambda chip, hidden, *head: tiles(hidden))
     return "triton"
 
 
@@ -45,7 +45,7 @@ def test_a_target_outside_the_vocabulary_gives_nan(backend, target):
 @pytest.mark.parametrize(("n", "h", "v"), [(1, 16, 3), (19, 24, 130), (9, 7, 64)])
 def test_vocabulary_kernel(monkeypatch, dtype, splits, n, h, v):
     """Its four sums and the logits it keeps, of operands in their own dtype; with more ranges than tiles, too."""
-    monkeypatch.setattr(tune, "tile", lambda chip, hidden, operand, plain: tiles(hidden)._replace(splits=splits))
+    monkeypatch.setattr(tune, "tile", lambda chip, hidden, *head: tiles(hidden)._replace(splits=splits))
     hidden, weight, _, targets = make(n, h, v, dtype=dtype)
     hidden, weight = hidden.detach(), weight.detach()
     logits = torch.full((-(-n // 8) * 8, v), torch.nan)
@@ -69,7 +69,7 @@ def test_descriptors_and_pointers_load_the_same(monkeypatch):
     hidden, weight, bias, targets = make(19, 24, 130, bias=True)
     results = []
     for descriptors in (False, True):
-        monkeypatch.setattr(tune, "tile", lambda chip, hidden, operand, plain, d=descriptors: tiles(hidden, d))
+        monkeypatch.setattr(tune, "tile", lambda chip, hidden, *head, d=descriptors: tiles(hidden, d))
         head = {"temperature": 0.7, "softcap": 3.0, "entropy": True}
         results.append(vocabulary_stats(hidden.detach(), weight.detach(), bias.detach(), targets, None, **head))
     assert torch.equal(*results)

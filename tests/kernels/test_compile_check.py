@@ -37,11 +37,11 @@ def test_ptxas_output_is_read():
 def test_what_is_unfit():
     fit = judged("k", 80, 255, 0, 163 * 1024, "8 HMMA", True, "op")
     assert fit.problem == ""
-    assert judged("k", 80, 255, 8, 0, "-", False, "op").problem == "spills: 8 bytes of stack"
+    assert judged("k", 80, 255, 9, 0, "-", False, "op").problem == "spills: 9 bytes of stack"
     assert judged("k", 80, 255, 0, 163 * 1024 + 1, "-", False, "op").problem == "shared memory above the chip's 166912"
     assert judged("k", 90, 255, 0, 163 * 1024 + 1, "-", False, "op").problem == ""
-    bad = judged("k", 90, 255, 8, 228 * 1024, "-", True, "op")
-    assert bad.problem == "spills: 8 bytes of stack; shared memory above the chip's 232448; no HGMMA instructions"
+    bad = judged("k", 90, 255, 9, 228 * 1024, "-", True, "op")
+    assert bad.problem == "spills: 9 bytes of stack; shared memory above the chip's 232448; no HGMMA instructions"
     assert [line.split()[-2:] for line in table([fit, bad]).splitlines()] == [
         ["first", "call"],
         ["ok", "op"],

@@ -22,32 +22,36 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
-    ("chip", "hidden", "operand", "path"),
+    ("chip", "hidden", "vocabulary", "operand", "path"),
     [
-        (90, 576, BFLOAT16, "fused"),
-        (90, 2048, BFLOAT16, "fused"),
-        (90, 3584, BFLOAT16, "gemm"),
-        (90, 64, BFLOAT16, "gemm"),
-        (90, 577, BFLOAT16, "gemm"),
-        (90, 576, FLOAT32, "gemm"),
-        (80, 1536, BFLOAT16, "gemm"),
+        (90, 576, 49152, BFLOAT16, "fused"),
+        (90, 2048, 151936, BFLOAT16, "fused"),
+        (90, 3584, 152064, BFLOAT16, "gemm"),
+        (90, 64, 49152, BFLOAT16, "gemm"),
+        (90, 577, 49152, BFLOAT16, "gemm"),
+        (90, 768, 50257, BFLOAT16, "gemm"),
+        (90, 576, 49152, FLOAT32, "gemm"),
+        (80, 1536, 151936, BFLOAT16, "gemm"),
     ],
 )
-def test_where_logits_come_from(monkeypatch, chip, hidden, operand, path):
+def test_where_logits_come_from(monkeypatch, chip, hidden, vocabulary, operand, path):
     monkeypatch.delenv("PRIME_KERNELS_LOGITS", raising=False)
-    assert tune.path(chip, hidden, operand) == path
+    assert tune.path(chip, hidden, vocabulary, operand) == path
     for chosen in tune.PATHS:
         monkeypatch.setenv("PRIME_KERNELS_LOGITS", chosen)
-        assert tune.path(chip, hidden, operand) == chosen
+        assert tune.path(chip, hidden, vocabulary, operand) == chosen
     monkeypatch.setenv("PRIME_KERNELS_LOGITS", "cutlass")
     with pytest.raises(ValueError, match="PRIME_KERNELS_LOGITS is 'cutlass', needs one of fused, gemm"):
-        tune.path(chip, hidden, operand)
+        tune.path(chip, hidden, vocabulary, operand)
 
 
-@pytest.mark.parametrize(("hidden", "operand"), [(576, FLOAT32), (64, BFLOAT16)])
-def test_a_head_that_the_vocabulary_kernel_does_not_fit_is_refused(hidden, operand):
-    with pytest.raises(ValueError, match=f"takes bfloat16 and hidden sizes from 128 on, not {operand} and {hidden}"):
-        tune.tile(90, hidden, operand, plain=True)
+@pytest.mark.parametrize(
+    ("hidden", "vocabulary", "operand"),
+    [(576, 48, FLOAT32), (64, 48, BFLOAT16), (577, 48, BFLOAT16), (576, 37, BFLOAT16)],
+)
+def test_a_head_that_the_vocabulary_kernel_does_not_fit_is_refused(hidden, vocabulary, operand):
+    with pytest.raises(ValueError, match=f"'fused', which takes .* not {operand}, {hidden} and {vocabulary}: unset it"):
+        tune.tile(90, hidden, vocabulary, operand, plain=True)
 
 
 def test_another_chip_takes_what_fits_ampere(monkeypatch):
