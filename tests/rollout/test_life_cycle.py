@@ -262,6 +262,7 @@ def test_expandable_segments_are_refused(name, events, monkeypatch, configure):
 def test_an_evaluation_finds_its_gpu(events, monkeypatch, workspace, tmp_path):
     started = []
     monkeypatch.setattr(process.EngineProcess, "start", lambda self, settings: started.append(self))
+    monkeypatch.setattr(distributed, "initialize", distributed.device)  # no process group over NCCL can be had here
     paths = {"model": str(workspace / "model"), "data": (str(workspace / "rows.jsonl"),), "out": tmp_path / "out"}
     settings = evaluate.Settings(**paths, engine="vllm", max_response=8, reward=f"{workspace}/reward.py:compute_score")
     monkeypatch.setattr(process.EngineProcess, "submit", lambda self, request: (_ for _ in ()).throw(KeyboardInterrupt))
