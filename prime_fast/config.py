@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
-Discount = Annotated[float, Field(ge=0, le=1)]
+Discount = Share = Annotated[float, Field(ge=0, le=1)]
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -81,6 +81,8 @@ class OptimizerConfig(Section):
     weight_decay: Rate = 0.0
     grad_clip: Rate = 1.0  # 0 = no clipping
     mini_batch: Positive = 256  # rows per optimizer step, over all ranks
+    warmup: Share = 0.0  # share of the run's steps over which lr rises linearly
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; to 0 at the end of the run
 
 
 class PolicyConfig(OptimizerConfig):

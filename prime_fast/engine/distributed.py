@@ -16,6 +16,10 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest generation
 
 
+class Stop(RuntimeError):
+    """The run cannot go on. Every rank raises it at the same point, so that a checkpoint of what was trained is left."""
+
+
 def initialize() -> torch.device:
     """Join the process group that torchrun described, or form a world of one; returns this rank's device."""
     if "RANK" not in os.environ:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prime_fast.config import Config
 from prime_fast.engine.batch import Sample
+from prime_fast.engine.distributed import Stop
 
 
 class Request(NamedTuple):
@@ -23,7 +24,7 @@ class Request(NamedTuple):
     temperature: float  # 0 is greedy
 
 
-class EngineError(RuntimeError):
+class EngineError(Stop):
     """The engine cannot be trusted or brought back; the run has to stop."""
 
 
