@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"prime-fast: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from prime_fast.rollout import EngineError
+        from prime_fast.engine.distributed import Stop
 
-        if not isinstance(error, EngineError):
+        if not isinstance(error, Stop):
             raise
         print(f"prime-fast: {error}", file=sys.stderr)
         return 1
@@ -220,7 +220,6 @@ def _train(options: argparse.Namespace) -> int:
     from prime_fast import preflight
     from prime_fast.engine import distributed, zero
     from prime_fast.engine.checkpoint import latest
-    from prime_fast.rollout import EngineError
     from prime_fast.trainer import Trainer
 
     device = zero.start()
@@ -228,7 +227,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         first = trainer.restore(newest) if newest else 1
         trainer.run(_open_run(config, resume_step=first - 1), first)
-    except EngineError as error:
+    except distributed.Stop as error:
         newest = latest(Path(config.run_dir))
         after = f"continue from {newest} with --resume" if newest else "no checkpoint was written yet"
         if distributed.rank() == 0:

@@ -52,6 +52,7 @@ class RolloutConfig(Section):
     batch: Positive = 256  # sequences decoded together by one engine
     max_rounds: Positive = 8  # at most this many times `prompts` prompts are started to fill a step
     keep: tuple[float, float] = (0.2, 0.8)  # groups whose mean outcome lies in this closed interval train
+    patience: Annotated[int, Field(ge=0)] = 3  # steps in a row without one, after which the run ends; 0 = never
     # from a pass of their own | the update's own forward where that is the old policy | the engine
     old_logprobs: Literal["recompute", "update", "engine"] = "update"
     importance_cap: Rate = 2.0  # weight of a token: min(trainer / engine probability, cap); 0 = 1; unused with "engine"
@@ -67,6 +68,7 @@ class PrimeConfig(Section):
     update: Literal["after", "before", "none"] = "after"
     reference: Literal["sft", "policy"] = "sft"
     beta: Annotated[float, Field(gt=0)] = 0.05
+    granularity: Literal["token", "whole"] = "token"  # whole: a row's process reward comes with its last token
     estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
     form: Literal["run", "paper"] = "run"
     normalize: Literal["batch", "none"] = "batch"
@@ -88,6 +90,7 @@ class OptimizerConfig(Section):
 class PolicyConfig(OptimizerConfig):
     lr: Rate = 5e-7
     weight_decay: Rate = 0.01
+    epochs: Positive = 1  # passes over a step's rows, each cut into mini-batches anew
     clip: tuple[Rate, Rate] = (0.2, 0.2)  # the ratio is clipped to [1 - low, 1 + high]
     entropy_coef: Rate = 0.0
     kl_coef: Rate = 0.0

@@ -140,6 +140,9 @@ class MetricsLog:
             parts.append(f"eta {_duration(left)}")
         if record.get("eval_accuracy") is not None:  # last, so that the columns of all lines stay aligned
             parts.append(f"eval {record['eval_accuracy']:.3f}")
+        for name, label in (("policy", "applied"), ("prm", "prm applied")):
+            if record.get(f"{name}_applied") != record.get(f"{name}_updates"):
+                parts.append(f"{label} {record[f'{name}_applied']} of {record[f'{name}_updates']}")
         if record.get("skipped"):
             parts.append(f"skipped {record['skipped']}")
         line = "  ".join(parts)

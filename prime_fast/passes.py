@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,46 +15,59 @@ import prime_kernels
 from prime_fast.config import PolicyConfig
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch
+from prime_fast.engine.distributed import Stop
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine, StepResult
 
+T = TypeVar("T")
 MiniBatch = list[list[list[int]]]  # [micro-batch][rank] -> rows of the batch
 # largest mean |difference| of two computations of the same log-probs, nats; bfloat16 forwards differ by rounding: 0.02
 # from float32, and less from one another, where log-probs spread by 1.3 nats (tests/test_bfloat16.py)
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
+class Updates(NamedTuple):
+    """The optimizer steps of a pass, one a mini-batch. Those with a non-finite loss or gradient are not applied, and
+    count in no mean; without any, a mean is nan."""
+
+    made: int
+    applied: int
+    loss: float
+    grad_norm: float  # before clipping
+
+
 class PrmPass(NamedTuple):
     logprob: Tensor  # (T,) of the forward each row was trained with, before its own update
     score: Tensor  # (R,) beta * Q of that forward
-    loss: float  # mean over mini-batches
-    grad_norm: float
-    applied: bool  # every mini-batch was finite
+    updates: Updates
 
 
 class PolicyPass(NamedTuple):
-    loss: float
-    entropy: float  # nats per response token
+    """Means are over the response tokens of the mini-batches that were applied, each counted in every epoch."""
+
+    updates: Updates
+    entropy: float  # nats per token
     clip_fraction: float
     approx_kl: float  # mean of old - new log-prob
+    reference_kl: float | None  # of the policy to the reference, nats per token, at the rollout's temperature
     mismatch: dict[str, float]  # of the rollout engine and the trainer before the update; see _mismatch
-    grad_norm: float
-    applied: bool
-    moved: bool  # whether a part of it was applied at least
 
 
 def split(batch: Batch, mini_batch: int, micro_tokens: int, shuffle: torch.Generator | None = None) -> list[MiniBatch]:
     """Cut the rows into optimizer steps of about `mini_batch` rows, nearly equal in size, and plan each one's packs.
 
-    Equal parts, because a small rest would make a noisy step of the same size as the others.
+    Equal parts, because a small rest would make a noisy step of the same size as the others. Without `shuffle` a part
+    is made of whole groups, in their order.
     """
     count = len(batch.responses)
-    parts = max(1, round(count / mini_batch))
-    order = torch.arange(count) if shuffle is None else torch.randperm(count, generator=shuffle)
+    if shuffle is None:
+        groups = batch.group.unique_consecutive(return_counts=True)[1].tolist()
+        parts = [[row for group in part for row in group] for part in _even(_runs(groups), count / mini_batch)]
+    else:
+        parts = _even(torch.randperm(count, generator=shuffle).tolist(), count / mini_batch)
     lengths = batch.lengths
     minis = []
-    for rows in order.tensor_split(parts):
-        rows = rows.tolist()
+    for rows in parts:
         micros = packing.plan([lengths[row] for row in rows], micro_tokens, distributed.world_size())
         minis.append([[[rows[i] for i in share] for share in ranks] for ranks in micros])
     return minis
@@ -63,15 +78,28 @@ def efficiency(batch: Batch, minis: list[MiniBatch]) -> float:
     return packing.efficiency([micro for mini in minis for micro in mini], batch.lengths)
 
 
-@torch.no_grad()
 def score(engine: Engine, batch: Batch, minis: list[MiniBatch], temperature: float = 1.0) -> Tensor:
     """Log-probs (T,) float32 of the response tokens under the engine's present weights."""
-    flat = _flat(batch, engine)
+    return score_at(engine, batch, minis, (temperature,))[temperature]
+
+
+@torch.no_grad()
+def score_at(
+    engine: Engine, batch: Batch, minis: list[MiniBatch], temperatures: Collection[float]
+) -> dict[float, Tensor]:
+    """`score` at several temperatures from one forward, with an LM head for each."""
+    flats = {temperature: _flat(batch, engine) for temperature in temperatures}
+
+    def heads(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, targets: Tensor) -> list[Tensor]:
+        op = partial(prime_kernels.linear_logprob, hidden, weight, targets, bias=bias)
+        return [op(temperature=temperature) for temperature in flats]
+
     for mini in minis:
         for pack in _packs(batch, mini, engine):
-            op = partial(prime_kernels.linear_logprob, temperature=temperature)
-            pack.put(flat, engine.run(pack, _on(op, pack.targets)))
-    return distributed.sum_(flat)
+            logprobs = engine.run(pack, partial(heads, targets=pack.targets))
+            for flat, logprob in zip(flats.values(), logprobs, strict=True):
+                pack.put(flat, logprob)
+    return {temperature: distributed.sum_(flat) for temperature, flat in flats.items()}
 
 
 def train_prm(
@@ -83,8 +111,7 @@ def train_prm(
     outcome = batch.outcome.to(engine.device)
     losses, steps = [], []
     for mini in minis:
-        rows = sum(len(share) for ranks in mini for share in ranks)
-        row_weight = torch.full_like(outcome, distributed.world_size() / rows)
+        row_weight = torch.full_like(outcome, distributed.world_size() / len(_rows(mini)))
         total = flat.new_zeros(())
         for pack in _packs(batch, mini, engine):
             op = _on(
@@ -102,7 +129,7 @@ def train_prm(
                 scores[list(pack.rows)] = result.score
         losses.append(float(distributed.sum_(total)) / distributed.world_size())
         steps.append(engine.step(lr))
-    return PrmPass(distributed.sum_(flat), distributed.sum_(scores), _mean(losses), *_summary(steps))
+    return PrmPass(distributed.sum_(flat), distributed.sum_(scores), _updates(losses, steps))
 
 
 def train_policy(
@@ -111,66 +138,85 @@ def train_policy(
     minis: list[MiniBatch],
     advantage: Tensor,
     *,
-    old_logprob: list[Tensor | None],
+    old_logprob: Tensor | None,
+    own_first: bool,
     ref_logprob: Tensor | None,
     importance_cap: float,
     temperature: float,
+    top_p: float,
     config: PolicyConfig,
+    lr: float,
 ) -> PolicyPass:
-    """One PPO-clip optimizer step per mini-batch.
+    """One PPO-clip optimizer step per mini-batch, which for several epochs name a row several times.
 
-    old_logprob: for each mini-batch (T,), or None where its own forward is the old policy.
+    old_logprob: (T,), of the policy before the update; own_first: the first mini-batch's own forward gives its rows'.
+    ref_logprob: (T,) of a reference, for reference_kl and the loss's KL term; at the rollout's temperature.
     importance_cap: a token of the loss weighs min(old / engine probability, cap), detached (truncated importance
     sampling, which makes up for an engine that samples from slightly other probabilities); 0 = off.
+    top_p: the engine's log-probs are those of the nucleus that it sampled from, higher by up to -log(top_p).
 
-    Raises ValueError, before the first update, if the engine's log-probs are not the policy's (bound: AGREEMENT).
+    Raises Stop, before the first update, if the engine's log-probs are not the policy's (bound: AGREEMENT).
     """
     lengths = batch.cu_seqlens.diff().to(engine.device)
     sampled = batch.engine_logprob.to(engine.device)
-    own, entropy = _flat(batch, engine), _flat(batch, engine)
+    own = _flat(batch, engine)
     losses, steps = [], []
-    clipped_kl = entropy.new_zeros(2)
-    for index, (mini, old) in enumerate(zip(minis, old_logprob, strict=True)):
-        rows = [row for ranks in mini for share in ranks for row in share]
+    measured = torch.zeros(5, dtype=torch.float64, device=engine.device)  # sums over tokens, and their number
+    mismatch: dict[str, float] = {}
+    for index, mini in enumerate(minis):
+        rows = _rows(mini)
+        on_policy = own_first and index == 0
         if config.mean == "token":
             row_weight = torch.full_like(lengths, 1, dtype=torch.float32) / lengths[rows].sum()
         else:
             row_weight = 1 / (lengths * len(rows))
         token_weight = (row_weight * distributed.world_size()).repeat_interleave(lengths)
-        if old is not None and importance_cap:
-            token_weight = token_weight * _ratio(old, sampled, importance_cap)
-        total = entropy.new_zeros(())
+        if not on_policy and importance_cap:
+            token_weight = token_weight * _ratio(old_logprob, sampled, importance_cap)
+        total = own.new_zeros(())
+        here = torch.zeros_like(measured)  # of this mini-batch
         for pack in _packs(batch, mini, engine):
+            reference = None if ref_logprob is None else pack.select(ref_logprob)
             op = _on(
                 partial(
-                    _on_policy_loss if old is None and importance_cap else prime_kernels.linear_policy_loss,
+                    _on_policy_loss if on_policy and importance_cap else prime_kernels.linear_policy_loss,
                     clip_low=config.clip[0],
                     clip_high=config.clip[1],
                     temperature=temperature,
                     entropy_coef=config.entropy_coef,
-                    ref_logprob=None if ref_logprob is None else pack.select(ref_logprob),
+                    ref_logprob=reference if config.kl_coef else None,
                     kl_coef=config.kl_coef,
                 ),
                 pack.targets,
-                None if old is None else pack.select(old),
+                None if on_policy else pack.select(old_logprob),
                 pack.select(advantage),
                 pack.select(token_weight),
-                *([pack.select(sampled), importance_cap] if old is None and importance_cap else []),
+                *([pack.select(sampled), importance_cap] if on_policy and importance_cap else []),
             )
             result = engine.run(pack, op)
             engine.backward(result.loss)
             total += result.loss.detach()
-            pack.put(entropy, result.entropy)
-            pack.put(own, result.logprob)
-            clipped_kl += torch.stack([result.clip_fraction, result.approx_kl]) * len(pack.token_index)
+            if index == 0:
+                pack.put(own, result.logprob)
+            if pack.rows:
+                tokens = total.new_tensor(len(pack.token_index))
+                kl = tokens * 0 if reference is None else kl_estimate(reference - result.logprob).sum()
+                means = result.clip_fraction * tokens, result.approx_kl * tokens
+                here += torch.stack([result.entropy.sum(), *means, kl, tokens])
         if index == 0:
-            before = _mismatch(own, sampled, batch, rows, engine, importance_cap)
+            own = distributed.sum_(own)
+            mismatch = _mismatch(own, sampled, batch, rows, engine, importance_cap, top_p)
+            if on_policy:
+                first = _tokens_of(rows, batch, engine)
+                old_logprob = own if old_logprob is None else torch.where(first, own, old_logprob)
         losses.append(float(distributed.sum_(total)) / distributed.world_size())
-        steps.append(engine.step(config.lr))
-    clip_fraction, approx_kl = (distributed.sum_(clipped_kl) / len(entropy)).tolist()
-    mean_entropy = float(distributed.sum_(entropy).mean())
-    moved = any(step.applied for step in steps)
-    return PolicyPass(_mean(losses), mean_entropy, clip_fraction, approx_kl, before, *_summary(steps), moved)
+        steps.append(engine.step(lr))
+        if steps[-1].applied:
+            measured += here
+    *sums, tokens = distributed.sum_(measured).tolist()
+    entropy, clip_fraction, approx_kl, reference_kl = (value / tokens if tokens else math.nan for value in sums)
+    known_kl = None if ref_logprob is None else reference_kl
+    return PolicyPass(_updates(losses, steps), entropy, clip_fraction, approx_kl, known_kl, mismatch)
 
 
 def _on_policy_loss(
@@ -200,37 +246,46 @@ def _ratio(logprob: Tensor, sampled: Tensor, cap: float) -> Tensor:
     return (logprob - sampled).exp().clamp(max=cap)
 
 
+def kl_estimate(log_ratio: Tensor) -> Tensor:
+    """ratio - 1 - log(ratio), elementwise, never negative. Ratio q / p: its mean over samples of p is KL(p || q)."""
+    return log_ratio.expm1() - log_ratio
+
+
 def _mismatch(
-    own: Tensor, sampled: Tensor, batch: Batch, rows: list[int], engine: Engine, cap: float
+    own: Tensor, sampled: Tensor, batch: Batch, rows: list[int], engine: Engine, cap: float, top_p: float
 ) -> dict[str, float]:
     """Engine against trainer on the first mini-batch, whose forward is the policy that the engine sampled from.
 
-    KL(engine || trainer) per token by the estimator ratio - 1 - log(ratio), mean ratio, largest |log ratio|, all over
-    fresh rows (the surplus of earlier steps was sampled by an older policy); and the share of the tokens of all its
-    rows that importance_cap cuts.
+    KL(engine || trainer) per token, mean ratio, largest |log ratio|, all over fresh rows (the surplus of earlier steps
+    was sampled by an older policy); and the share of the tokens of all its rows that importance_cap cuts.
     """
-    used = torch.zeros_like(batch.fresh)
-    used[rows] = True
-    masks = (used, used & batch.fresh)
-    used, fresh = (mask.repeat_interleave(batch.cu_seqlens.diff()).to(own.device) for mask in masks)
-    log_ratio = distributed.sum_(own.clone()) - sampled
+    used = _tokens_of(rows, batch, engine)
+    fresh = used & batch.fresh.repeat_interleave(batch.cu_seqlens.diff()).to(engine.device)
+    log_ratio = own - sampled
     cut = float((log_ratio[used].exp() > cap).float().mean()) if cap else 0.0
     log_ratio = log_ratio[fresh]
     if not len(log_ratio):
         return {"importance_cut": cut}
-    difference = float(log_ratio.abs().mean())
+    difference = float((log_ratio - log_ratio.clamp(math.log(top_p), 0)).abs().mean())
     if difference > AGREEMENT[engine.dtype]:
-        raise ValueError(
+        raise Stop(
             f"the rollout engine and the trainer disagree: their log-probs of fresh samples differ by {difference:.3g} "
             f"nats on average (allowed {AGREEMENT[engine.dtype]:g}); the engine does not hold the policy's weights, or "
-            "does not compute what the trainer computes, so the step was not made"
+            "does not compute what the trainer computes, so the policy was not updated"
         )
     return {
-        "mismatch_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
+        "mismatch_kl": float(kl_estimate(log_ratio).mean()),
         "mismatch_ratio": float(log_ratio.exp().mean()),
         "mismatch_max": float(log_ratio.abs().max()),
         "importance_cut": cut,
     }
+
+
+def _tokens_of(rows: list[int], batch: Batch, engine: Engine) -> Tensor:
+    """(T,) bool: the response tokens of these rows."""
+    chosen = torch.zeros(len(batch.responses), dtype=torch.bool)
+    chosen[rows] = True
+    return chosen.repeat_interleave(batch.cu_seqlens.diff()).to(engine.device)
 
 
 def _packs(batch: Batch, mini: MiniBatch, engine: Engine) -> Iterator[Pack]:
@@ -248,9 +303,23 @@ def _flat(batch: Batch, engine: Engine) -> Tensor:
     return torch.zeros(int(batch.cu_seqlens[-1]), device=engine.device)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _rows(mini: MiniBatch) -> list[int]:
+    return [row for ranks in mini for share in ranks for row in share]
 
 
-def _summary(steps: list[StepResult]) -> tuple[float, bool]:
-    return _mean([step.grad_norm for step in steps]), all(step.applied for step in steps)
+def _runs(lengths: list[int]) -> list[list[int]]:
+    """0, 1, 2, ... in runs of these lengths."""
+    ends = list(accumulate(lengths))
+    return [list(range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+
+
+def _even(items: list[T], parts: float) -> list[list[T]]:
+    """About so many nearly equal parts of the items, at least one and none empty."""
+    count = max(1, min(len(items), round(parts)))
+    return [[items[i] for i in part] for part in torch.arange(len(items)).tensor_split(count)]
+
+
+def _updates(losses: list[float], steps: list[StepResult]) -> Updates:
+    applied = [(loss, step.grad_norm) for loss, step in zip(losses, steps, strict=True) if step.applied]
+    means = [sum(values) / len(applied) for values in zip(*applied, strict=True)] or [math.nan, math.nan]
+    return Updates(len(steps), len(applied), *means)

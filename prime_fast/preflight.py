@@ -109,10 +109,10 @@ def self_check(
 
 
 def check_every_parameter_trains(engine: Engine, name: str) -> None:
-    """After an optimizer step with a gradient: raises ValueError naming parameters that got none."""
+    """After an optimizer step with a gradient: raises Stop naming parameters that got none."""
     frozen = engine.parameters_without_gradient()
     if frozen:
-        raise ValueError(
+        raise distributed.Stop(
             f"{len(frozen)} parameters of the {name} got no gradient in the first step, among them {frozen[0]}; "
             "a part of this architecture does not train here"
         )

@@ -84,6 +84,14 @@ def keep_groups(
     return keep[index]
 
 
+def on_last_token(token_reward: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(T,): each row's sum of token rewards on its last token, 0 on the others (prime_granularity "whole" of
+    PRIME-RL/PRIME 18ad596f). token_reward (T,) float; cu_seqlens (R+1,) int, no empty row."""
+    total = torch.zeros_like(token_reward)
+    total[cu_seqlens[1:].long() - 1] = segment_sum(token_reward, cu_seqlens)
+    return total
+
+
 def pair_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> tuple[float, int]:
     """(correct, pairs): of the pairs of rows of one group with different outcomes, how many the score orders alike.
 

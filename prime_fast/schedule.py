@@ -10,15 +10,15 @@ from prime_fast.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of `step` (1 to `steps`), the same for all optimizer steps in it.
 
-    It rises linearly to config.lr over the first config.warmup * steps steps, of which the first is not at 0, and goes
-    on by config.schedule: constant; linear or cosine, which reach 0 with the step after the last.
+    It rises linearly over the first config.warmup * steps steps, from lr / their number to lr, and goes on by
+    config.schedule: constant; linear or cosine, which would reach 0 with the step after the last.
     """
-    warmup = round(config.warmup * steps)
-    if step <= warmup:
-        return config.lr * step / (warmup + 1)
-    done = (step - 1 - warmup) / (steps - warmup)  # 0 at the first step at full rate
+    full = max(1, round(config.warmup * steps))  # the first step at config.lr
+    if step < full:
+        return config.lr * step / full
+    done = min(1.0, (step - full) / (steps + 1 - full))
     if config.schedule == "linear":
-        return config.lr * max(0.0, 1 - done)
+        return config.lr * (1 - done)
     if config.schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return config.lr * (1 + math.cos(math.pi * done)) / 2
     return config.lr

@@ -20,11 +20,12 @@ from prime_fast.evaluation import evaluate
 from prime_fast.memory import measured
 from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
 from prime_fast.rewards import RewardPool
-from prime_fast.rollout import EngineError, make_engine
+from prime_fast.rollout import make_engine
 from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
+from prime_fast.schedule import learning_rate
 
-MAX_SKIPPED = 3  # steps in a row without a usable update before the run stops
+MAX_FAILED = 3  # steps in a row whose update came to nothing before the run stops
 MAX_REWARD_WORKERS = 16  # on each rank
 SAMPLES_PER_STEP = 2  # completions written to samples.jsonl
 
@@ -47,106 +48,165 @@ class Trainer:
         self.pool = RewardPool(config.reward.function, min(cores, MAX_REWARD_WORKERS), **reward)
         self.collector = Collector(config.rollout, config.seed, inputs.train, self.rollout, self.pool, inputs.tokenizer)
         self.phases, self.last_write = Phases(), time.perf_counter()
-        self.skipped = self.skipped_in_a_row = 0
-        self.updated: dict[str, Any] | None = None  # the record of the step, once its update was made
+        self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
+        self.record: dict[str, Any] = {}  # metrics of the step in work, as far as they are known
+        self.moved: set[str] = set()  # models whose weights it has changed so far
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
-        """Train to config.steps. `log` is given on rank 0."""
+        """Train to config.steps, or until nothing is left to learn. `log` is given on rank 0.
+
+        Whatever stops all ranks, a checkpoint of all that was trained is left.
+        """
         config, evaluates = self.config, self.inputs.eval is not None and self.config.log.eval_every > 0
         if first_step == 1:
             preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
             if evaluates:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step, config.steps + 1):
-            before, self.updated = self._state(), None
-            last = step == config.steps
+            before = self._state()
             try:
-                record = {"step": step} | self.step(step)
+                self.step(step)
+                ending = self._ending()
+                last = step == config.steps or ending is not None
                 if evaluates and (step % config.log.eval_every == 0 or last):
-                    record |= self._evaluate(step)
-            except EngineError:
+                    self.record |= self._evaluate(step)
+            except distributed.Stop:
                 self._save_what_was_trained(log, step, before)
                 raise
-            self._write(log, record)
+            self._write(log, self.record)
             if step == first_step and log is not None:
-                for sentence in measured.beyond(record):
+                for sentence in measured.beyond(self.record):
                     print(sentence, flush=True)
             if last or (config.log.checkpoint_every and step % config.log.checkpoint_every == 0):
                 self.save(step)
+            if ending is not None:
+                if log is not None:
+                    print(ending, flush=True)
+                return
 
     def step(self, step: int) -> dict[str, Any]:
-        """One PRIME step; returns its metrics."""
+        """One PRIME step; returns its metrics, which `self.record` holds as far as they are known at any moment."""
         config, phases = self.config, self.phases
         prime_kernels.last_used.clear()
+        self.record, self.moved = {"step": step}, set()
         groups, record, fresh = self.collector.collect(phases)
         if distributed.rank() == 0:
             write_samples(Path(config.run_dir), [self._sample(step, group) for group in fresh[:SAMPLES_PER_STEP]])
-        record |= {"groups": len(groups), "surplus": len(self.collector.surplus)}
-        if not groups:
-            return record | self._skip(
-                f"no group of this step has a mean outcome within rollout.keep={list(config.rollout.keep)}; "
-                "the data is too easy or too hard for the policy, or rollout.max_rounds too small"
-            )
-        batch = Batch.of(groups, first_fresh=self.collector.drawn - len(fresh))
+        self.record |= record | {"groups": len(groups), "surplus": len(self.collector.surplus)}
+        nothing = f"no group has a mean outcome within rollout.keep={list(config.rollout.keep)}"
+        if groups:
+            batch = Batch.of(groups, first_fresh=self.collector.drawn - len(fresh))
+            self.rollout.sleep()
+            failure = self._update(step, batch)
+        self._count(empty=not groups, skip_reason=failure if groups else nothing)
+        with phases("sync"):
+            self.rollout.wake(changed="policy" in self.moved)
+        self.rollout.settled()
+        if groups:
+            self.record |= self._throughput(batch)
+        self.record |= {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
+        if self.counts["failed_in_a_row"] >= MAX_FAILED:
+            raise distributed.Stop(f"{MAX_FAILED} steps in a row were skipped: {failure}")
+        return self.record
+
+    def _update(self, step: int, batch: Batch) -> str | None:
+        """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so."""
+        config, phases = self.config, self.phases
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        policy_minis = passes.split(batch, config.policy.mini_batch, config.engine.micro_tokens, shuffle)
+        epochs = [
+            passes.split(batch, config.policy.mini_batch, config.engine.micro_tokens, shuffle)
+            for _ in range(config.policy.epochs)
+        ]
         prm_minis = passes.split(batch, config.prm.mini_batch, config.engine.micro_tokens)
-        record |= {"rows": len(batch.responses), "packing_efficiency": passes.efficiency(batch, policy_minis)}
-        self.rollout.sleep()
+        self.record |= {"rows": len(batch.responses), "packing_efficiency": passes.efficiency(batch, epochs[0])}
+        temperature = config.rollout.temperature
 
         with phases("reference"):
             ref_logprob = self._reference_logprob(batch, prm_minis)
         with phases("prm"):
-            prm_logprob, prm_applied, prm_record = self._prm_logprob(batch, prm_minis, ref_logprob)
-        record |= prm_record
-        if prm_logprob is not None and not torch.isfinite(prm_logprob).all():
-            self.updated = record  # the PRM may have moved
-            return record | self._skip("the PRM's log-probs are not finite")
+            prm_logprob, trained = self._prm_logprob(step, batch, prm_minis, ref_logprob.get(1.0))
+        if prm_logprob is not None and not torch.isfinite(prm_logprob - ref_logprob[1.0]).all():
+            return "log-probs of the PRM or its reference are not finite, so there are no advantages"
         with phases("advantage"):
-            advantage, advantage_record = self._advantage(batch, prm_logprob, ref_logprob)
-        record |= advantage_record
+            advantage = self._advantage(batch, prm_logprob, ref_logprob.get(1.0))
         with phases("old_logprobs"):
-            old_logprob = self._old_logprob(batch, policy_minis, ref_logprob)
+            old_logprob, own_first = self._old_logprob(batch, epochs, ref_logprob)
         with phases("policy"):
+            lr = learning_rate(config.policy, step, config.steps)
             result = passes.train_policy(
                 self.policy,
                 batch,
-                policy_minis,
+                [mini for minis in epochs for mini in minis],
                 advantage,
                 old_logprob=old_logprob,
-                ref_logprob=ref_logprob if config.policy.kl_coef else None,
+                own_first=own_first,
+                ref_logprob=None if self.reference is None else ref_logprob[temperature],
                 importance_cap=0.0 if config.rollout.old_logprobs == "engine" else config.rollout.importance_cap,
-                temperature=config.rollout.temperature,
+                temperature=temperature,
+                top_p=1.0,
                 config=config.policy,
+                lr=lr,
             )
-        record |= {
-            "policy_loss": result.loss,
+        self._note("policy", result.updates, lr)
+        self.record |= {
             "entropy": result.entropy,
             "clip_fraction": result.clip_fraction,
             "approx_kl": result.approx_kl,
-            "policy_grad_norm": result.grad_norm,
+            "reference_kl": result.reference_kl,
         } | result.mismatch
-        self.updated = record
-        with phases("sync"):
-            self.rollout.wake(changed=result.moved)
-        self.rollout.settled()
-        record |= self._throughput(batch)
-        record |= {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
-        if not (result.applied and prm_applied):
-            return record | self._skip("a loss or gradient is not finite")
-        if step == 1 and result.grad_norm > 0:
+        if step == 1 and result.updates.applied and result.updates.grad_norm > 0:
             preflight.check_every_parameter_trains(self.policy, "policy")
-        self.skipped_in_a_row = 0
-        return record | {"skipped": self.skipped}
+        passed = ("PRM", trained), ("policy", result.updates)
+        lost = [name for name, updates in passed if updates and not updates.applied]
+        return f"no mini-batch of the {' and '.join(lost)} has a finite loss and gradient" if lost else None
+
+    def _note(self, name: str, updates: passes.Updates, lr: float) -> None:
+        """Write down what became of a model's mini-batches; its weights are others now if any was applied."""
+        if updates.applied:
+            self.moved.add(name)
+            self.counts["updates"] += updates.applied
+        self.record |= {
+            f"{name}_loss": updates.loss,
+            f"{name}_grad_norm": updates.grad_norm,
+            f"{name}_lr": lr,
+            f"{name}_updates": updates.made,
+            f"{name}_applied": updates.applied,
+        }
+
+    def _count(self, empty: bool, skip_reason: str | None) -> None:
+        failed = skip_reason is not None and not empty
+        self.counts["empty_in_a_row"] = self.counts["empty_in_a_row"] + 1 if empty else 0
+        self.counts["failed_in_a_row"] = self.counts["failed_in_a_row"] + 1 if failed else 0
+        self.counts["skipped"] += skip_reason is not None
+        self.record |= {"skipped": self.counts["skipped"]} | ({"skip_reason": skip_reason} if skip_reason else {})
+
+    def _ending(self) -> str | None:
+        """Why the run ends before its last step: what it learns from has come to an end.
+
+        Raises Stop if it never had any.
+        """
+        patience, keep = self.config.rollout.patience, list(self.config.rollout.keep)
+        if not 0 < patience <= self.counts["empty_in_a_row"]:
+            return None
+        nothing = (
+            f"no group of the last {patience} steps has a mean outcome within rollout.keep={keep}; their mean outcome "
+            f"is {self.record['outcome']:.2f}"
+        )
+        if not self.counts["updates"]:
+            raise distributed.Stop(
+                f"{nothing} and nothing was trained yet: look at samples.jsonl in run_dir whether reward.function is "
+                "right; else give easier or harder rows, a wider rollout.keep, or rollout.patience=0 to go on"
+            )
+        return f"finished early: {nothing}. Harder rows or a wider rollout.keep teach more; rollout.patience=0 waits"
 
     def _save_what_was_trained(self, log: MetricsLog | None, step: int, before: dict[str, Any]) -> None:
-        """The rollout engines are lost for good: leave a checkpoint, in which groups that were in work start anew."""
-        done = step - 1 if self.updated is None else step
-        if self.updated is not None:
-            self._write(log, {"step": step, "skipped": self.skipped} | self.updated)
+        """Leave a checkpoint; of this step if a weight has moved in it, else of the one before, to be made anew."""
+        if self.moved:
+            self._write(log, {"skipped": self.counts["skipped"]} | self.record)
         else:
             self.collector.load_state_dict(before["collector"])
-            self.skipped, self.skipped_in_a_row = before["skipped"]
+            self.counts = before["counts"]
+        done = step if self.moved else step - 1
         newest = checkpoint.latest(Path(self.config.run_dir))
         if done and (newest is None or newest.name != f"step-{done:06d}"):
             self.save(done)
@@ -160,7 +220,7 @@ class Trainer:
         self.rollout.sleep()  # loading needs the most memory of all
         state = checkpoint.load(directory, self._trained())
         self.collector.load_state_dict(state["collector"])
-        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.counts = state["counts"]
         self.rollout.wake(changed=True)
         return state["step"] + 1
 
@@ -177,54 +237,60 @@ class Trainer:
         return {name: engine for name, engine in engines.items() if engine is not None and engine.trains}
 
     def _state(self) -> dict[str, Any]:
-        return {"collector": self.collector.state_dict(), "skipped": (self.skipped, self.skipped_in_a_row)}
+        return {"collector": self.collector.state_dict(), "counts": dict(self.counts)}
 
-    def _reference_logprob(self, batch: Batch, minis: list[passes.MiniBatch]) -> Tensor | None:
-        """On the PRM's own packs, so that equal weights give log-ratios of exactly 0."""
+    def _reference_logprob(self, batch: Batch, minis: list[passes.MiniBatch]) -> dict[float, Tensor]:
+        """Log-probs by temperature: 1 for the PRM's rewards, the rollout's for the policy's KL, from one forward.
+
+        On the PRM's own packs, so that equal weights give log-ratios of exactly 0.
+        """
         if self.reference is not None:
-            return passes.score(self.reference, batch, minis)
+            temperatures = {self.config.rollout.temperature: None} | ({1.0: None} if self.prm is not None else {})
+            return passes.score_at(self.reference, batch, minis, temperatures)
         if self.prm is not None:
-            return passes.score(self.policy, batch, minis)
-        return None
+            return {1.0: passes.score(self.policy, batch, minis)}
+        return {}
 
     def _prm_logprob(
-        self, batch: Batch, minis: list[passes.MiniBatch], ref_logprob: Tensor | None
-    ) -> tuple[Tensor | None, bool, dict[str, Any]]:
-        """The PRM's log-probs for the advantage, whether its update was applied, and its metrics."""
+        self, step: int, batch: Batch, minis: list[passes.MiniBatch], ref_logprob: Tensor | None
+    ) -> tuple[Tensor | None, passes.Updates | None]:
+        """The PRM's log-probs for the advantage, and what became of its own update."""
         if self.prm is None:
-            return None, True, {}
-        prime_config, record, applied = self.config.prime, {}, True
+            return None, None
+        prime_config, updates = self.config.prime, None
         if prime_config.update == "none":
             logprob = passes.score(self.prm, batch, minis)
             cu_seqlens = batch.cu_seqlens.to(self.device)
             score = prime_config.beta * prime.segment_sum(logprob - ref_logprob, cu_seqlens)
         else:
-            trained = passes.train_prm(
-                self.prm, batch, minis, ref_logprob, beta=prime_config.beta, lr=self.config.prm.lr
+            lr = learning_rate(self.config.prm, step, self.config.steps)
+            logprob, score, updates = passes.train_prm(
+                self.prm, batch, minis, ref_logprob, beta=prime_config.beta, lr=lr
             )
-            logprob, score, applied = trained.logprob, trained.score, trained.applied
-            record = {"prm_loss": trained.loss, "prm_grad_norm": trained.grad_norm}
+            self._note("prm", updates, lr)
             if prime_config.update == "before":
                 logprob = passes.score(self.prm, batch, minis)
         outcome, score = batch.outcome, score.cpu()
-        record["prm_accuracy"] = float(((score > 0) == (outcome > 0.5)).float().mean())
-        correct, pairs = prime.pair_accuracy(score, outcome, batch.group)
-        record["prm_pair_accuracy"] = correct / pairs if pairs else None
-        return logprob, applied, record
+        if torch.isfinite(score).all():
+            correct, pairs = prime.pair_accuracy(score, outcome, batch.group)
+            self.record["prm_accuracy"] = float(((score > 0) == (outcome > 0.5)).float().mean())
+            self.record["prm_pair_accuracy"] = correct / pairs if pairs else None
+        return logprob, updates
 
-    def _advantage(
-        self, batch: Batch, prm_logprob: Tensor | None, ref_logprob: Tensor | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        p = self.config.prime
+    def _advantage(self, batch: Batch, prm_logprob: Tensor | None, ref_logprob: Tensor | None) -> Tensor:
+        p, cu_seqlens = self.config.prime, batch.cu_seqlens.to(self.device)
         if prm_logprob is None:
             ref_logprob = None
+        elif p.granularity == "whole":
+            prm_logprob = prime.on_last_token(prm_logprob - ref_logprob, cu_seqlens)
+            ref_logprob = torch.zeros_like(prm_logprob)
 
         def combine(process_weight: float, outcome_weight: float, whiten: bool) -> prime_kernels.Advantage:
             return prime_kernels.prime_advantage(
                 prm_logprob,
                 ref_logprob,
                 batch.outcome.to(self.device),
-                batch.cu_seqlens.to(self.device),
+                cu_seqlens,
                 batch.group.to(self.device),
                 beta=p.beta,
                 gamma=p.gamma[0],
@@ -238,53 +304,36 @@ class Trainer:
             )
 
         result = combine(p.process_weight, p.outcome_weight, p.whiten)
-        record = {}
         if self.prm is not None:
             process = combine(p.process_weight, 0.0, False).advantage.square().mean().sqrt()
             outcome = combine(0.0, p.outcome_weight, False).advantage.square().mean().sqrt()
-            record = {
+            self.record |= {
                 "process_over_outcome": float(process / outcome) if outcome > 0 else None,
                 "process_reward_mean": float(result.token_reward.mean()),
                 "process_reward_std": float(result.token_reward.std()),
             }
-        return result.advantage, record
+        return result.advantage
 
     def _old_logprob(
-        self, batch: Batch, minis: list[passes.MiniBatch], ref_logprob: Tensor | None
-    ) -> list[Tensor | None]:
-        """For each mini-batch the old policy's log-probs, or None where its own forward is the old policy.
+        self, batch: Batch, epochs: list[list[passes.MiniBatch]], ref_logprob: dict[float, Tensor]
+    ) -> tuple[Tensor | None, bool]:
+        """The old policy's log-probs (T,), and whether those of the first mini-batch come from its own forward.
 
         "engine" needs no correction: the ratio is that of the new policy to the one which sampled, mismatch included.
         """
-        config = self.config
-        if config.rollout.old_logprobs == "engine":
-            return [batch.engine_logprob.to(self.device)] * len(minis)
-        own = 1 if config.rollout.old_logprobs == "update" else 0  # mini-batches before the first update
-        scored = None
-        if self.reference is None and ref_logprob is not None and config.rollout.temperature == 1:
-            scored = ref_logprob  # the policy served as the PRM's reference: these are its log-probs
-        elif minis[own:]:
-            scored = passes.score(self.policy, batch, minis[own:], config.rollout.temperature)
-        return [None] * own + [scored] * len(minis[own:])
+        rollout = self.config.rollout
+        if rollout.old_logprobs == "engine":
+            return batch.engine_logprob.to(self.device), False
+        own_first = rollout.old_logprobs == "update"
+        if self.reference is None and rollout.temperature in ref_logprob:
+            return ref_logprob[rollout.temperature], own_first  # the policy served as the PRM's reference
+        rest = epochs[0][1:] if own_first else epochs[0]
+        return passes.score(self.policy, batch, rest, rollout.temperature) if rest else None, own_first
 
     def _throughput(self, batch: Batch) -> dict[str, float]:
         """Trained tokens a second over the whole step so far, prompts included, and the peak memory of any rank."""
         seconds = time.perf_counter() - self.last_write
         return {"tokens_per_second": sum(batch.lengths) / seconds, "peak_memory_gib": distributed.max_(peak_gib())}
-
-    def _skip(self, reason: str) -> dict[str, Any]:
-        """Count a step whose update was not applied; stop the run when they come one after another."""
-        self.rollout.wake(changed=False)
-        self.rollout.settled()
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            newest = checkpoint.latest(Path(self.config.run_dir))
-            raise ValueError(
-                f"{MAX_SKIPPED} steps in a row were skipped: {reason}. Stopped; "
-                + (f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet")
-            )
-        return {"skipped": self.skipped, "skip_reason": reason}
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Greedy, on the held-out rows; rank 0 keeps the responses in run_dir/eval."""

@@ -15,6 +15,7 @@ from prime_fast import passes, preflight
 from prime_fast.cli import main
 from prime_fast.engine import checkpoint
 from prime_fast.engine.batch import Batch
+from prime_fast.engine.distributed import Stop
 from prime_fast.engine.zero import deepspeed  # imported there after the accelerator is chosen
 from prime_fast.metrics import read_metrics
 from prime_fast.trainer import Trainer
@@ -163,7 +164,7 @@ def test_equal_prm_and_reference_reward_exactly_nothing(configure, device):
     result = passes.train_prm(trainer.prm, batch, minis, reference, beta=0.05, lr=0.0)
     assert torch.equal(result.logprob, reference)
     assert (result.score == 0).all()
-    assert result.loss == pytest.approx(0.6931472, abs=1e-6)
+    assert result.updates.loss == pytest.approx(0.6931472, abs=1e-6)
     trainer.close()
 
 
@@ -202,15 +203,18 @@ def test_the_update_does_not_depend_on_micro_batches_or_row_order(configure, dev
             batch,
             minis,
             advantage,
-            old_logprob=[batch.engine_logprob.to(device)] * len(minis),
+            old_logprob=batch.engine_logprob.to(device),
+            own_first=False,
             ref_logprob=None,
             importance_cap=2.0,
             temperature=1.0,
+            top_p=1.0,
             config=trainer.config.policy,
+            lr=0.0,
         )
         by_row = dict(zip(order, torch.split(prm.logprob, lengths.tolist()), strict=True))
         logprob = torch.cat([by_row[i] for i in range(rows)])
-        numbers = torch.tensor([prm.loss, prm.grad_norm, policy.loss, policy.grad_norm, policy.entropy])
+        numbers = torch.tensor([*prm.updates[2:], *policy.updates[2:], policy.entropy])
         results.append((logprob.cpu(), numbers, first_moments(trainer.prm), first_moments(trainer.policy)))
         trainer.close()
     expected = results[0]
@@ -321,11 +325,11 @@ def test_non_finite_steps_are_not_applied_and_stop_the_run(configure, device):
     served = dict(trainer.rollout.engine.model.named_parameters())
     assert all(torch.isfinite(tensor).all() for tensor in served.values())
     overwrite(parameter, healthy)
-    assert trainer.step(3)["skipped"] == 1 and trainer.skipped_in_a_row == 0
+    assert trainer.step(3)["skipped"] == 1 and trainer.counts["failed_in_a_row"] == 0
     overwrite(parameter, float("nan"))
     trainer.step(4)
     trainer.step(5)
-    with pytest.raises(ValueError, match=r"3 steps in a row were skipped.*step-000001"):
+    with pytest.raises(Stop, match="3 steps in a row were skipped"):
         trainer.step(6)
     assert trainer.restore(checkpoint.latest(Path(trainer.config.run_dir))) == 2
     assert trainer.step(2)["skipped"] == 0
@@ -401,8 +405,6 @@ def test_the_self_check_catches_a_stale_rollout_engine(configure, device):
 def test_a_frozen_parameter_is_named(configure, device):
     trainer = make_trainer(configure("policy.mini_batch=1000"), device)
     trainer.policy.lm.model.layers[1].mlp.down_proj.weight.register_hook(lambda grad: grad * 0)
-    with pytest.raises(
-        ValueError, match=r"1 parameters of the policy got no gradient.*layers\.1\.mlp\.down_proj\.weight"
-    ):
+    with pytest.raises(Stop, match=r"1 parameters of the policy got no gradient.*layers\.1\.mlp\.down_proj\.weight"):
         trainer.step(1)
     trainer.close()

@@ -17,7 +17,7 @@ TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest genera
 
 
 class Stop(RuntimeError):
-    """The run cannot go on. Every rank raises it at the same point, so that a checkpoint of what was trained is left."""
+    """The run cannot go on. Every rank raises it at the same point, so that a checkpoint can be left."""
 
 
 def initialize() -> torch.device:

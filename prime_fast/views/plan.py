@@ -39,7 +39,9 @@ def passes_per_step(config: Config) -> list[tuple[str, str, float]]:
     spared = {"recompute": 0, "update": 1, "engine": steps["policy"]}[config.rollout.old_logprobs]
     if spared < steps["policy"] and not reused:
         rows.append(("policy forward: old log-probs", "kept responses", 1.0 - spared / steps["policy"]))
-    rows.append((f"policy forward and backward, {steps['policy']} optimizer steps", "kept responses", train))
+    epochs = config.policy.epochs
+    updates = f"policy forward and backward, {epochs * steps['policy']} optimizer steps"
+    rows.append((updates, "kept responses", epochs * train))
     return rows
 
 
