@@ -336,41 +336,6 @@ def test_non_finite_steps_are_not_applied_and_stop_the_run(configure, device):
     trainer.close()
 
 
-def test_an_engine_gets_the_part_of_an_update_that_was_applied(configure, device, monkeypatch):
-    """The second of two mini-batches is not finite; the next step's samples must come from the policy as it is."""
-    trainer = make_trainer(configure("policy.mini_batch=6"), device)
-    step, calls = trainer.policy.step, []
-
-    def poison(lr):
-        calls.append(lr)
-        if len(calls) == 2:
-            trainer.policy.deepspeed.optimizer.averaged_gradients[0][0].fill_(float("nan"))
-        return step(lr)
-
-    monkeypatch.setattr(trainer.policy, "step", poison)
-    record = trainer.step(1)
-    assert len(calls) > 1 and record["skipped"] == 1
-    served = dict(trainer.rollout.engine.model.named_parameters())
-    start = {name: tensor.clone() for name, tensor in trainer.reference.weights()}
-    for name, tensor in trainer.policy.weights():
-        assert torch.equal(served[name], tensor) and not torch.equal(tensor, start[name])
-    trainer.close()
-
-
-def test_groups_that_all_fail_stop_the_run(configure, device, tmp_path):
-    (tmp_path / "zero.py").write_text(
-        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 0.0\n"
-    )
-    trainer = make_trainer(
-        configure(f"reward.function={tmp_path}/zero.py:compute_score", "rollout.max_rounds=1"), device
-    )
-    trainer.step(1)
-    trainer.step(2)
-    with pytest.raises(ValueError, match="no group of this step"):
-        trainer.step(3)
-    trainer.close()
-
-
 def test_the_self_check_catches_a_model_whose_rows_leak(configure, device, monkeypatch):
     from prime_fast.engine import model
 
