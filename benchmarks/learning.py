@@ -34,8 +34,9 @@ from prime_fast.metrics import read_metrics
 from prime_fast.views.report import RUN_COLORS, STYLE, phase_seconds, series
 
 ARMS = {"prime": "PRIME, online PRM", "rloo": "RLOO, outcome only", "frozen": "PRIME, frozen PRM"}
-# "offline" trains the frozen arm's PRM on rollouts of a policy that stays what SFT made it
-OFFLINE = ["policy.lr=0", "rollout.max_rounds=1", "steps=15", "log.eval_every=0", "log.checkpoint_every=0"]
+# "offline" trains the frozen arm's PRM on rollouts of a policy that stays what SFT made it, for as many steps as the
+# online PRM gets, so that the arms differ in whose rollouts a PRM learns from, not in how many
+OFFLINE = ["policy.lr=0", "rollout.max_rounds=1", "log.eval_every=0", "log.checkpoint_every=0"]
 OVERRIDES = {"prime": [], "rloo": ["prime.process_weight=0"], "offline": OFFLINE, "frozen": ["prime.update=none"]}
 OFFLINE_SEED = 1000  # added to the seed: the frozen PRM must not have seen the very rollouts that it will score
 LEVELS = (0.5, 0.7, 0.8)  # accuracies whose price in rollouts is reported
@@ -68,7 +69,7 @@ class Study:
     def train_overrides(self, arm: str, seed: int) -> list[str]:
         task = self.start("task", seed)
         overrides = [*self.overrides, f"run_dir={self.run(arm, seed)}", f"steps={self.steps}"]
-        overrides += [f"seed={seed + OFFLINE_SEED * (arm == 'offline')}"]
+        overrides += [f"seed={seed + OFFLINE_SEED * (arm == 'offline')}", "rollout.patience=0"]  # all of one length
         overrides += [f"data.train={task / 'train.jsonl'}", f"data.eval={task / 'eval.jsonl'}"]
         overrides += [f"model.policy={self.start('sft', seed) / 'model'}", *OVERRIDES[arm]]
         if arm == "frozen":

@@ -37,7 +37,7 @@ def records(steps, slope, prm=True, rollouts=32):
 def fake_run(study, arm, seed, rows, checkpoint=True):
     run = study.run(arm, seed)
     if arm == "frozen" and not study.run("offline", seed).exists():
-        fake_run(study, "offline", seed, records(15, 0.0))
+        fake_run(study, "offline", seed, records(60, 0.0))
     log = MetricsLog(run, 10)
     for row in rows:
         log.write(row)
@@ -53,14 +53,14 @@ def resolved(study, arm, seed=0):
 
 
 def test_arms_differ_in_what_they_should_and_nothing_else(study):
-    fake_run(study, "offline", 0, records(15, 0.0))
+    fake_run(study, "offline", 0, records(60, 0.0))
     prime, rloo, offline, frozen = (resolved(study, arm) for arm in ("prime", "rloo", "offline", "frozen"))
     assert prime.prime.process_weight == 1 and prime.policy.lr == 1e-4 and prime.seed == 0 and prime.steps == 10
     assert not rloo.uses_prm
-    assert (offline.policy.lr, offline.rollout.max_rounds, offline.steps) == (0, 1, 15)
+    assert (offline.policy.lr, offline.rollout.max_rounds, offline.steps) == (0, 1, prime.steps)
     assert offline.seed != prime.seed  # other prompts and samples than those that the frozen PRM will score
     assert frozen.prime.update == "none"
-    assert Path(frozen.model.prm) == study.run("offline", 0) / "checkpoints" / "step-000015" / "prm"
+    assert Path(frozen.model.prm) == study.run("offline", 0) / "checkpoints" / "step-000060" / "prm"
     for arm, config in {"rloo": rloo, "frozen": frozen}.items():
         same = config.model_copy(update={"prime": prime.prime, "model": prime.model, "run_dir": prime.run_dir})
         assert same == prime, arm
