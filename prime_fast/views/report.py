@@ -80,7 +80,9 @@ PANELS = [
     Panel("PRM loss (nats per response)", ("prm_loss",), guide=(math.log(2), "ln 2"), from_zero=False),
     Panel("Process / outcome return (RMS)", ("process_over_outcome",)),
     Panel("Entropy (nats per token)", ("entropy",)),
+    Panel("KL to the reference (nats per token)", ("reference_kl",)),
     Panel("Groups that pass the filter", ("groups_kept",), percent=True),
+    Panel("Trained rows sampled by an older policy", ("stale",), percent=True),
     Panel("Response length (tokens)", ("response_length",)),
     Panel("Truncated responses", ("truncated",), percent=True),
     Panel("Gradient norm", ("policy_grad_norm", "prm_grad_norm"), log=True, from_zero=False),
@@ -274,7 +276,14 @@ def _results(records: list[dict]) -> dict[str, str]:
         "packing efficiency": f"{_mean(packing):.1%}" if packing else "",
         "peak memory": f"{max(memory):.1f} GiB" if memory else "",
         "skipped steps": str(skipped[-1]) if skipped else "",
+        "policy updates lost": _lost(records, "policy"),
+        "PRM updates lost": _lost(records, "prm"),
     }
+
+
+def _lost(records: list[dict], name: str) -> str:
+    made, applied = (sum(series(records, f"{name}_{key}")[1]) for key in ("updates", "applied"))
+    return f"{made - applied} of {made}" if made else ""
 
 
 def _times(records: list[dict]) -> dict[str, str]:
