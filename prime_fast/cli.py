@@ -25,6 +25,7 @@ from prime_fast.config import (
     parse_assignments,
     save_config,
 )
+from prime_fast.data.shapes import WHERE
 from prime_fast.rewards.pool import SANDBOXES
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def _answered(rows: Iterator, rows_name: str, name: str) -> Iterator[tuple[dict,
         for number, pair in enumerate(zip_longest(rows, (line for line in file if line.strip())), 1):
             if None in pair:
                 raise ValueError(f"{rows_name} and {name} differ in length: only one has a row {number}")
-            (_, row), line = pair
+            (where, row), line = pair
             if isinstance(row, ValueError):
                 raise row
             try:
@@ -318,7 +319,7 @@ def _answered(rows: Iterator, rows_name: str, name: str) -> Iterator[tuple[dict,
                     f"{name}, line {number} has no response: it must be a string, a list of strings, or "
                     'an object with "response" or "responses"'
                 )
-            yield row, texts
+            yield row | {WHERE: str(where)}, texts
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -62,6 +62,9 @@ class RewardConfig(Section):
     function: str = "auto"  # math, code, auto (by the row's ability), path/to/file.py:name or package.module:name
     sandbox: Literal["namespaces", "rlimits-only"] = "namespaces"  # of model-written code
     timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds a response, from the moment its grading starts
+    # share of a step's responses without a verdict (errors, crashes, timeouts; not programs that were stopped in their
+    # sandbox, which keep what they reached) above which the run stops
+    max_failures: Share = 0.5
 
 
 class PrimeConfig(Section):

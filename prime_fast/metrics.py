@@ -143,6 +143,7 @@ class MetricsLog:
         for name, label in (("policy", "applied"), ("prm", "prm applied")):
             if record.get(f"{name}_applied") != record.get(f"{name}_updates"):
                 parts.append(f"{label} {record[f'{name}_applied']} of {record[f'{name}_updates']}")
+        parts += [f"{label} {record[key]:.1%}" for key, label in FAILURES.items() if record.get(key)]
         if record.get("skipped"):
             parts.append(f"skipped {record['skipped']}")
         line = "  ".join(parts)
@@ -157,6 +158,12 @@ PROGRESS = {
     "approx_kl": "kl {:z.4f}",
     "loss": "loss {:.4f}",
     "response_length": "{:.0f} tok/row",
+}
+FAILURES = {
+    "reward_errors": "reward errors",
+    "reward_timeouts": "reward timeouts",
+    "reward_crashes": "reward crashes",
+    "eval_reward_failures": "eval reward failures",
 }
 
 

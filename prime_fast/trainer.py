@@ -46,7 +46,15 @@ class Trainer:
         reward = {"timeout": config.reward.timeout, "sandbox": config.reward.sandbox}
         cores = max(1, os.cpu_count() // distributed.local_world_size())
         self.pool = RewardPool(config.reward.function, min(cores, MAX_REWARD_WORKERS), **reward)
-        self.collector = Collector(config.rollout, config.seed, inputs.train, self.rollout, self.pool, inputs.tokenizer)
+        self.collector = Collector(
+            config.rollout,
+            config.seed,
+            inputs.train,
+            self.rollout,
+            self.pool,
+            inputs.tokenizer,
+            config.reward.max_failures,
+        )
         self.phases, self.last_write = Phases(), time.perf_counter()
         self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
         self.record: dict[str, Any] = {}  # metrics of the step in work, as far as they are known

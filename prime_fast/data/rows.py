@@ -11,17 +11,21 @@ import numpy as np
 import pyarrow as pa
 
 from prime_fast.data import sources
-from prime_fast.data.shapes import GSM8K_ANSWER
+from prime_fast.data.shapes import GSM8K_ANSWER, WHERE
 from prime_fast.data.template import Template
 
-SCHEMA = pa.schema({"row": pa.string(), "prompt_ids": pa.list_(pa.int32()), "response_ids": pa.list_(pa.int32())})
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    {"row": pa.string(), "file": pa.int32(), "number": pa.int64(), "prompt_ids": IDS, "response_ids": IDS}
+)
 DROPS = ("broken", "duplicates")
 
 
 class Rows:
     """Tokenised rows in a memory-mapped file: `len(rows)`, and `rows[i]`, a dict with token ids as lists of int.
 
-    A row has every key it had in its file, those of the verl shape (None if the file has none), and its token ids.
+    A row has every key it had in its file, those of the verl shape (None if the file has none), its token ids, and
+    (under WHERE) its place.
     source: the files they came from; shape: that of each (`shapes`). dropped, broken, duplicates: how many rows were
     left out for being too long, and for the two reasons of `drop`; raw: how many stand without a chat template.
     """
@@ -40,7 +44,7 @@ class Rows:
             raise IndexError(f"row {index} of {len(self)}")
         (row,) = self._table.slice(index, 1).to_pylist()
         ids = {key: value for key, value in row.items() if key.endswith("_ids") and value is not None}
-        return json.loads(row["row"]) | ids
+        return json.loads(row["row"]) | ids | {WHERE: str(sources.Where(self.source[row["file"]], row["number"]))}
 
     def __str__(self) -> str:
         """`1319 rows of test.jsonl (verl shape), 2 too long`."""
@@ -194,7 +198,7 @@ def _check(source, prepare) -> None:
             _prepare(where, row, shape, prepare)
 
 
-def _prepare(where: str, row: dict | ValueError, shape: str, prepare) -> Any:
+def _prepare(where: sources.Where, row: dict | ValueError, shape: str, prepare) -> Any:
     if isinstance(row, ValueError):
         raise row
     try:
@@ -208,7 +212,7 @@ def _write(writer, source, template: Template, prepare, max_tokens, limit, drop,
     JSON text, since Arrow would want the same keys and types of extra_info in every row."""
     counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0, "raw": 0}
     kept, too_long, seen = 0, [], set()
-    for name in source:
+    for file, name in enumerate(source):
         shape, rows = sources.read(name)
         counts["shape"].append(shape)
         for chunk in _chunks(rows, sources.READ_ROWS):
@@ -227,7 +231,7 @@ def _write(writer, source, template: Template, prepare, max_tokens, limit, drop,
                     if "duplicates" in drop:
                         seen.add(hash(ids))
                     counts["raw"] += is_raw
-                    items.append(item)
+                    items.append(item | {"file": file})
             writer.write_batch(pa.RecordBatch.from_pylist(items, SCHEMA))
             kept += len(items)
     if too_long and not kept:
@@ -244,12 +248,12 @@ def _write(writer, source, template: Template, prepare, max_tokens, limit, drop,
 
 def _prepared(
     chunk, shape, template: Template, prepare, drop, counts
-) -> Iterator[tuple[dict, tuple[str, bool], str | None]]:
-    """(row, its prompt as text and whether that is raw, response or None) of the rows that are whole."""
+) -> Iterator[tuple[int, dict, tuple[str, bool], str | None]]:
+    """(its number, row, its prompt as text and whether that is raw, response or None) of the rows that are whole."""
     for where, row in chunk:
         try:
             response = _prepare(where, row, shape, prepare)
-            yield row, _prepare(where, row, shape, template.apply), response
+            yield where.number, row, _prepare(where, row, shape, template.apply), response
         except ValueError:
             if "broken" not in drop:
                 raise
@@ -259,10 +263,11 @@ def _prepared(
 def _tokenised(prepared, template: Template) -> Iterator[tuple[bool, dict]]:
     if not (prepared := list(prepared)):
         return
-    rows, prompts, responses = zip(*prepared, strict=True)
-    for row, (text, is_raw), ids, response in zip(rows, prompts, template.ids(prompts), responses, strict=True):
+    numbers, rows, prompts, responses = zip(*prepared, strict=True)
+    made = zip(numbers, rows, prompts, template.ids(prompts), responses, strict=True)
+    for number, row, (text, is_raw), ids, response in made:
         row = row | {"prompt": text} if is_raw else row
-        item = {"row": json.dumps(row, default=str), "prompt_ids": ids}
+        item = {"row": json.dumps(row, default=str), "number": number, "prompt_ids": ids}
         if response is not None:
             response_ids = template.tokenizer(response, add_special_tokens=False)["input_ids"]
             item["response_ids"] = response_ids + [template.tokenizer.eos_token_id]

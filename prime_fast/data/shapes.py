@@ -19,6 +19,8 @@ QUESTIONS = ("context_messages", "input", "question", "problem")
 TRUTHS = ("ground_truth", "label", "answer", "final_answer", "solution")
 COLUMNS = ("prompt", "data_source", "ability", "reward_model", "extra_info")
 ADDED = "_added"  # key of a normalised row: those of its keys that its file does not have
+WHERE = "_where"  # key of a loaded row: its file and line, in words
+EXCERPT_CHARS = 60
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 NOT_TEXT = 'which a model of text cannot be given: leave such rows out with data.drop: ["broken"]'
 ROLES = ("user", "assistant")
@@ -71,6 +73,15 @@ def prefill(row: dict) -> str:
     prompt = row.get("prompt")
     last = prompt[-1] if isinstance(prompt, list) and prompt else {}
     return text_of(last["content"]) if last.get("role") == "assistant" and last.get("content") else ""
+
+
+def named(row: dict, place: str) -> str:
+    """A row, for people: where it stands (`place` if it does not say), what it is of and how it starts."""
+    prompt = row.get("prompt")
+    last = prompt[-1] if isinstance(prompt, list) and prompt else prompt
+    text = " ".join(str(last.get("content") if isinstance(last, dict) else last).split())
+    start = text if len(text) <= EXCERPT_CHARS else text[:EXCERPT_CHARS] + "..."
+    return f"{row.get(WHERE, place)} (data_source {row.get('data_source')}, prompt {start!r})"
 
 
 def unfilled(row: dict) -> dict:

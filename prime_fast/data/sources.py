@@ -18,7 +18,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,11 +30,22 @@ HUB_NAME = re.compile(r"(?:hf://([\w.-]+/[\w.-]+)(?:/([\w.-]+))?|([\w.-]+/[\w.-]
 CACHE_FROM_BYTES = 16 << 20  # smaller files are tokenised in seconds
 CACHE_DAYS = 14  # what was not used for so long is deleted when something new is written
 
-Item = tuple[str, dict | ValueError]
+
+class Where(NamedTuple):
+    """The place of a row, counted from 1; in a .jsonl, the line."""
+
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, row {self.number}"
+
+
+Item = tuple[Where, dict | ValueError]
 
 
 def read(name: str) -> tuple[str, Iterator[Item]]:
-    """The shape of a file or hub dataset, and its rows in order: (the words for where it stands, the row, normalised),
+    """The shape of a file or hub dataset, and its rows in order: (where it stands, the row, normalised),
     with a ValueError in place of a broken row.
 
     name: a .jsonl, .json or .parquet file, or "hf://org/name[/configuration][:split]" (split "train" unless given), or
@@ -45,7 +56,7 @@ def read(name: str) -> tuple[str, Iterator[Item]]:
     raw = _open(name)
     head = list(islice(raw, READ_ROWS))
     shape = next((shape for _, row in head if isinstance(row, dict) and (shape := shape_of(row))), "verl")
-    return shape, (_normalised(f"{name}, row {number}", row, shape) for number, row in chain(head, raw))
+    return shape, (_normalised(Where(name, number), row, shape) for number, row in chain(head, raw))
 
 
 @contextmanager
@@ -115,7 +126,7 @@ def _size(name: str) -> int:
     return _hub(name).dataset_size or 0 if _is_hub(name) else _file(name).stat().st_size
 
 
-def _normalised(where: str, row: Any, shape: str) -> Item:
+def _normalised(where: Where, row: Any, shape: str) -> Item:
     try:
         if isinstance(row, ValueError):
             raise row

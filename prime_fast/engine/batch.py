@@ -26,6 +26,7 @@ class Group:
     prompt: tuple[int, ...]
     samples: tuple[Sample, ...]
     outcomes: tuple[float, ...]
+    failures: tuple[tuple[str, str], ...] = ()  # (kind, reason) of each response without a full verdict, in their order
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from prime_fast.evaluation.answers import Draw, Problem, generate, record, score
 from prime_fast.evaluation.settings import Settings, check, claim, is_evaluation, max_tokens, temperature
 from prime_fast.evaluation.summary import Answers, compare, summarize
 from prime_fast.rewards import RewardPool, row_check
-from prime_fast.rollout import RolloutEngine, make_engine
+from prime_fast.rollout import RolloutEngine, failures, make_engine
 
 ROOM_STEP = 64  # tokens; where the room is short, responses of prompts of about a length still share a batch
 WIDEST = 500  # columns of a printed table
@@ -117,6 +117,7 @@ def during_training(
     single = {f"eval_accuracy/{name}": row["greedy"].value for name, row in summary.items() if row is not overall}
     accuracy, low, high = overall["greedy"]
     metrics = {"eval_accuracy": accuracy, "eval_low": low, "eval_high": high} | single
+    metrics["eval_reward_failures"] = failures.unscored(groups)
     return metrics | {f"eval_{key}": overall[key] for key in ("outcome", "response_length", "truncated")}
 
 

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prime_fast.data.shapes import ADDED, TRUTHS, decoded
+from prime_fast.data.shapes import ADDED, TRUTHS, WHERE, decoded
 
 ABILITIES = {"math": ("math",), "code": ("code",), "auto": ("math", "code")}  # of the rows each built-in one scores
 ALIASES = {  # what rows call them, in any case
     **dict.fromkeys(("math", "maths", "mathematics"), "math"),
     **dict.fromkeys(("code", "coding", "codegen", "programming"), "code"),
 }
-NOT_COLUMNS = ("prompt", "completion", "completion_ids", "prompt_ids", ADDED)  # of a row, for a TRL function
+NOT_COLUMNS = ("prompt", "completion", "completion_ids", "prompt_ids", ADDED, WHERE)  # of a row, for a TRL function
 STRICT = "-strict"
 BUILT_IN = (*ABILITIES, *(name + STRICT for name in ABILITIES))
 OWN_REWARD = 'set the reward to a function of yours, "path/to/file.py:function"'

@@ -13,8 +13,9 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
+from typing import NamedTuple
 
-from prime_fast.data.shapes import prefill
+from prime_fast.data.shapes import WHERE, named, prefill
 from prime_fast.rewards.functions import BUILT_IN, RowCheck, abilities, check_name
 
 MAX_DEFAULT_WORKERS = 16
@@ -23,6 +24,7 @@ END_SECONDS = 30.0  # for a killed worker and its descendants to be gone
 RECEIVE_BYTES = 1 << 16
 HEADER = struct.Struct("<I")  # a frame: the length of its body, then the body, JSON
 SANDBOXES = ("namespaces", "rlimits-only")  # of code rewards, see `rewards.sandbox`
+UNSEEN = ("prompt_ids", WHERE)  # keys of a row that no reward function is given
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,14 @@ def score(
     """The outcome in [0, 1] of each response to its row, in order: a `RewardPool` for one call."""
     with RewardPool(reward, workers, timeout, sandbox) as pool:
         return pool.score(responses, rows)
+
+
+class Verdict(NamedTuple):
+    """What a reward said about a response."""
+
+    outcome: float  # in [0, 1]; 0.0 where there is no verdict
+    failure: str = ""  # why not: "errors", "timeouts", "crashes"; or "stopped": a program that keeps what it reached
+    reason: str = ""  # in words
 
 
 class RewardPool:
@@ -83,7 +93,11 @@ class RewardPool:
             self._guard(self._start_first)
 
     def score(self, responses: list[str], rows: list[dict]) -> list[float]:
-        """The outcome in [0, 1] of each response (text) to its row (verl shape), in order. A built-in reward grades the
+        """The outcome in [0, 1] of each response (text) to its row (verl shape), in order; as `judge`."""
+        return [verdict.outcome for verdict in self.judge(responses, rows)]
+
+    def judge(self, responses: list[str], rows: list[dict]) -> list[Verdict]:
+        """The verdict on each response (text) to its row (verl shape), in order. A built-in reward grades the
         answer that a prompt begins together with the response that continues it.
 
         Raises ValueError if a row cannot be scored by this reward, or the reward function returns anything but a finite
@@ -93,7 +107,7 @@ class RewardPool:
             raise ValueError(f"{len(responses)} responses for {len(rows)} rows")
         if self.reward in BUILT_IN:
             _check_rows(rows, self.reward)
-        return self._guard(self._score, responses, rows)
+        return self._guard(self._judge, responses, rows)
 
     def processes(self) -> list[int]:
         """The ids of the workers; what they run are their descendants."""
@@ -110,8 +124,8 @@ class RewardPool:
     def __exit__(self, *exception):
         self.close()
 
-    def _score(self, responses, rows):
-        outcomes, waiting, left = [0.0] * len(rows), deque(range(len(rows))), len(rows)
+    def _judge(self, responses, rows):
+        verdicts, waiting, left = [None] * len(rows), deque(range(len(rows))), len(rows)
         self._wait(0)  # notices workers that died since the last call
         while left:
             while len(self._pool) < min(self.workers, left):
@@ -122,9 +136,9 @@ class RewardPool:
                     worker.send(sample, self._request(responses[sample], rows[sample]), self.timeout)
                     self._watch(worker)
             for sample, reply in self._wait():
-                outcomes[sample] = self._outcome(reply, sample, rows[sample])
+                verdicts[sample] = self._verdict(reply, rows[sample], f"row {sample} of the batch")
                 left -= 1
-        return outcomes
+        return verdicts
 
     def _request(self, response, row):
         if self.reward in BUILT_IN:
@@ -132,24 +146,31 @@ class RewardPool:
             truth = {"ground_truth": row["reward_model"]["ground_truth"]}
             row = {"ability": row.get("ability"), "reward_model": truth}
         else:
-            row = {key: value for key, value in row.items() if key != "prompt_ids"}
+            row = {key: value for key, value in row.items() if key not in UNSEEN}
         return json.dumps([response, row], default=lambda value: value.tolist()).encode()
 
-    def _outcome(self, reply, sample, row):
+    def _verdict(self, reply, row, place):
+        if "fatal" in reply:
+            raise ValueError(f"{named(row, place)}: {reply['fatal']}")
         if "score" in reply:
-            self.counts["timeouts"] += reply.get("timeout", False)
             value = reply["score"]
-            if math.isfinite(value) and 0.0 <= value <= 1.0:
-                return value
-            origin = f"data_source {row.get('data_source')}, extra_info {row.get('extra_info')}"
-            where = f"row {sample} of the batch ({origin:.200})"
-            raise ValueError(f'reward "{self.reward}" returned {value} for {where}: outcomes must lie in [0, 1]')
-        if "error" in reply and not self.counts["errors"]:
-            logger.warning(
-                'reward "%s" raised %s; scored 0.0, further errors are only counted', self.reward, reply["error"]
-            )
-        self.counts[{"error": "errors", "timeout": "timeouts", "crash": "crashes"}[next(iter(reply))]] += 1
-        return 0.0
+            if not (math.isfinite(value) and 0.0 <= value <= 1.0):
+                what = f'reward "{self.reward}" returned {value}; outcomes must lie in [0, 1]'
+                raise ValueError(f"{named(row, place)}: {what}")
+            if not reply.get("timeout"):
+                return Verdict(value)
+            verdict = Verdict(value, "stopped", "the program had to be stopped")
+        elif "error" in reply:
+            if not self.counts["errors"]:
+                told = 'reward "%s" raised %s for %s; scored 0.0, further errors are only counted'
+                logger.warning(told, self.reward, reply["error"], named(row, place))
+            verdict = Verdict(0.0, "errors", reply["error"])
+        elif "timeout" in reply:
+            verdict = Verdict(0.0, "timeouts", f"no verdict within {self.timeout:g} s")
+        else:
+            verdict = Verdict(0.0, "crashes", "the worker's process died")
+        self.counts["timeouts" if verdict.failure == "stopped" else verdict.failure] += 1
+        return verdict
 
     def _wait(self, seconds=None) -> list[tuple[int, dict]]:
         """Waits until something happens, or `seconds`; returns the samples that came to an end, with their replies."""
@@ -167,7 +188,7 @@ class RewardPool:
                 self._lose(worker, "crash", ended)
                 continue
             for reply in replies:
-                if "fatal" in reply:
+                if "fatal" in reply and worker.sample is None:
                     raise ValueError(reply["fatal"])
                 if worker.sample is not None:
                     ended.append((worker.sample, reply))

@@ -11,10 +11,12 @@ from prime_fast.config import RolloutConfig
 from prime_fast.data.rows import PromptSampler, Rows
 from prime_fast.engine import distributed
 from prime_fast.engine.batch import Group, Sample
+from prime_fast.engine.distributed import Stop
 from prime_fast.metrics import Phases
 from prime_fast.prime import keep_groups
 from prime_fast.rewards import RewardPool
-from prime_fast.rollout import Request
+from prime_fast.rewards.pool import Verdict
+from prime_fast.rollout import Request, failures
 from prime_fast.rollout.fleet import Fleet
 from prime_fast.rollout.verify import Verifier
 
@@ -32,11 +34,18 @@ class Collector:
     """
 
     def __init__(
-        self, config: RolloutConfig, seed: int, rows: Rows, fleet: Fleet, pool: RewardPool, tokenizer: Any
+        self,
+        config: RolloutConfig,
+        seed: int,
+        rows: Rows,
+        fleet: Fleet,
+        pool: RewardPool,
+        tokenizer: Any,
+        max_failures: float = 1.0,
     ) -> None:
         self.config, self.seed, self.rows = config, seed, rows
         self.fleet, self.tokenizer = fleet, tokenizer
-        self.pool, self.verifier = pool, Verifier(pool)
+        self.verifier, self.max_failures = Verifier(pool), max_failures
         self.sampler = PromptSampler(len(rows), seed)
         self.drawn = 0  # groups started so far, which numbers them
         self.pass_rate = 1.0  # of the last step's groups; at first no group too many is started
@@ -46,7 +55,8 @@ class Collector:
     def collect(self, phases: Phases) -> tuple[list[Group], dict[str, float], list[Group]]:
         """Groups to train on (at most config.prompts), metrics of all fresh rollouts, and those fresh groups.
 
-        At most config.max_rounds * config.prompts prompts are started. Identical on every rank.
+        At most config.max_rounds * config.prompts prompts are started. Identical on every rank. Raises Stop where the
+        reward fails on more than max_failures of the responses, looked at whenever as many groups as a step needs came.
         """
         need = self.config.prompts - len(self.surplus)
         started, fresh, passing = self.drawn, [], []  # fresh: the groups looked at, in the order of their start
@@ -60,7 +70,10 @@ class Collector:
                 arrived |= {group.id: group for group in self._tick(phases)}
             fresh.append(arrived[turn])
             passing += [arrived[turn]] if self._worth_training(arrived[turn]) else []
+            if len(fresh) % self.config.prompts == 0:
+                failures.check(fresh, self.rows, self.max_failures)
         if fresh:
+            failures.check(fresh, self.rows, self.max_failures)
             self.pass_rate = len(passing) / len(fresh)
         kept = self.surplus + passing
         kept, self.surplus = kept[: self.config.prompts], kept[self.config.prompts :]
@@ -128,7 +141,11 @@ class Collector:
         with phases("reward"):  # engines that work by themselves, other ranks' among them, are not kept waiting
             scored = self.verifier.take(patience if self.fleet.concurrent else None)
         with phases("generate"):
-            return distributed.gather_lists([Group(*start, outcomes) for start, outcomes in scored])
+            everywhere = distributed.gather_lists([([_group(*item) for item in scored.done], scored.problem)])
+        for _, problem in everywhere:
+            if problem:
+                raise Stop(problem)
+        return [group for groups, _ in everywhere for group in groups]
 
     def _worth_training(self, group: Group) -> bool:
         outcome = torch.tensor(group.outcomes)
@@ -146,8 +163,12 @@ class Collector:
             "groups_kept": passed / len(groups),
             "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
             "truncated": sum(sample.truncated for sample in samples) / len(samples),
-            "reward_timeouts": sum(distributed.gather_lists([self.pool.counts["timeouts"]])),
-        }
+        } | failures.shares(groups)
 
     def _seed(self, group: int, k: int) -> int:
         return random.Random(f"{self.seed}/{group}/{k}").getrandbits(63)
+
+
+def _group(start: tuple, verdicts: list[Verdict]) -> Group:
+    failed = tuple((verdict.failure, verdict.reason) for verdict in verdicts if verdict.failure)
+    return Group(*start, tuple(verdict.outcome for verdict in verdicts), failed)

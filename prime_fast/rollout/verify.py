@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 from prime_fast.rewards import RewardPool
+from prime_fast.rewards.pool import Verdict
+
+logger = logging.getLogger(__name__)
+
+
+class Scored(NamedTuple):
+    done: list[tuple[Any, list[Verdict]]]  # (item, the verdicts on its responses)
+    problem: str = ""  # why none can be scored any more
 
 
 class Verifier:
@@ -16,23 +25,28 @@ class Verifier:
         self.thread = futures.ThreadPoolExecutor(1, "verifier")
         self.queue: list[tuple[Any, list[str], dict]] = []
         self.items: list[tuple[Any, int]] = []  # in the running call: (item, number of its responses)
-        self.call: futures.Future[list[float]] | None = None
+        self.call: futures.Future[list[Verdict]] | None = None
 
     def put(self, item: Any, texts: list[str], row: dict) -> None:
         """Ask for the outcomes of responses to one row."""
         self.queue.append((item, texts, row))
 
-    def take(self, seconds: float | None) -> list[tuple[Any, tuple[float, ...]]]:
-        """(item, outcomes) of what is scored before nothing more was for that long; None: of everything."""
+    def take(self, seconds: float | None) -> Scored:
+        """What is scored before nothing more was for that long; None: everything.
+
+        A call that raised is a problem for the caller to share: other ranks wait for this one.
+        """
         scored = []
         while self._busy():
             futures.wait([self.call], seconds)
             if not self.call.done():
                 break
-            outcomes = iter(self.call.result())
-            scored += [(item, tuple(next(outcomes) for _ in range(count))) for item, count in self.items]
-            self.call = None
-        return scored
+            call, self.call = self.call, None
+            if error := call.exception():
+                return Scored(scored, _sentence(error))
+            verdicts = iter(call.result())
+            scored += [(item, [next(verdicts) for _ in range(count)]) for item, count in self.items]
+        return Scored(scored)
 
     def close(self) -> None:
         self.thread.shutdown(cancel_futures=True)
@@ -44,5 +58,12 @@ class Verifier:
             responses = [text for _, texts, _ in self.queue for text in texts]
             rows = [row for _, texts, row in self.queue for _ in texts]
             self.queue = []
-            self.call = self.thread.submit(self.pool.score, responses, rows)
+            self.call = self.thread.submit(self.pool.judge, responses, rows)
         return self.call is not None
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, ValueError):  # how the rewards tell what is wrong
+        return str(error)
+    logger.error("the reward workers failed", exc_info=error)
+    return f"the reward workers failed: {type(error).__name__}: {error}"

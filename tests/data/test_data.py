@@ -62,13 +62,14 @@ class TestRows:
     @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
     def test_same_rows_from_every_format(self, write, tokenizer, name):
         given_rows = [row(f"é {i}?", str(i), data_source="d", ability="math", extra_info={"i": i}) for i in range(600)]
-        rows = load_rows(write(given_rows, name), tokenizer, max_prompt_tokens=100)
+        path = write(given_rows, name)
+        rows = load_rows(path, tokenizer, max_prompt_tokens=100)
         assert len(rows) == 600 and rows.dropped == 0
         for i in (0, 255, 256, 599):
             ids = tokenizer.apply_chat_template(
                 given_rows[i]["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
             )
-            assert rows[i] == given_rows[i] | {"prompt_ids": ids}
+            assert rows[i] == given_rows[i] | {"prompt_ids": ids, "_where": f"{path}, row {i + 1}"}
             assert tokenizer.decode(ids) == f"<|im_start|>user\né {i}?<|im_end|>\n<|im_start|>assistant\n"
         with pytest.raises(IndexError):
             rows[600]
@@ -92,8 +93,8 @@ class TestRows:
         rows = load_rows(write(mixed), tokenizer, max_prompt_tokens=100)
         for made, original in zip(rows, mixed, strict=True):
             empty = {"data_source": None, "ability": None, "extra_info": None}
-            added = [key for key in made if key not in original and key not in ("prompt_ids", "_added")]
-            assert made == empty | original | {"prompt_ids": made["prompt_ids"], "_added": added}
+            added = [key for key in made if key not in original and key not in ("prompt_ids", "_added", "_where")]
+            assert made == empty | original | {key: made[key] for key in ("prompt_ids", "_where")} | {"_added": added}
 
     def test_long_prompts_are_dropped_and_counted(self, write, tokenizer):
         path = write([row("x" * 200), row("short"), row("y" * 200), row("brief")])

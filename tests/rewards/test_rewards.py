@@ -180,7 +180,7 @@ class TestPool:
         with RewardPool(actor, workers=1) as pool:
             assert pool.score(["value dict", "value true", "value 1.0"], [ROW] * 3) == [0.5, 1.0, 1.0]
             for bad in ("1.5", "-0.1", "nan", "inf"):
-                with pytest.raises(ValueError, match=r"returned .* for row 1 .*'index': 3.*must lie in \[0, 1\]"):
+                with pytest.raises(ValueError, match=r"^row 1 of .*prompt '\?'\): .*returned .* must lie in \[0, 1\]"):
                     pool.score(["ok", f"value {bad}"], [ROW] * 2)
             assert pool.score(["ok"], [ROW]) == [0.25]
 
