@@ -8,11 +8,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from rich.console import Console
 
@@ -31,10 +32,10 @@ from prime_fast.rewards.pool import SANDBOXES
 if TYPE_CHECKING:
     from prime_fast.metrics import MetricsLog
 
+T = TypeVar("T")
 SCORE_ROWS = 4096  # graded at a time
 OPTION = re.compile(r"-[^\d.]")  # not a negative number
 ASSIGNMENT = re.compile(r"[\w.]+=")
-RESUMABLE_CHANGES = {"steps", "run_dir", "log", "engine"}  # what may differ from the first start of a run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run PRIME")
     _takes_config(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
+    train.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="PARTS",
+        help="go on with --resume though these are others now: data, models, tokenizer, reward, packages",
+    )
     train.add_argument("--dry-run", action="store_true", help="print model sizes, memory plan and passes; needs no GPU")
     train.add_argument("--ranks", type=_count, help="number of GPUs the dry run plans for (default: WORLD_SIZE or 1)")
     train.add_argument(
@@ -216,17 +224,30 @@ def _train(options: argparse.Namespace) -> int:
         card = card_bytes(options.gpu) if options.gpu else None
         ranks = options.ranks or int(os.environ.get("WORLD_SIZE", "1"))
         return 0 if print_dry_run(config, ranks, Console(), card) else 1
-    newest = _prepare_run_dir(config, options.resume)
+    accepted = {part for words in options.accept for part in words.split(",")}
+    if accepted and not options.resume:
+        raise ValueError("--accept is about the checkpoint that --resume continues; add --resume, or leave it away")
+    newest = _prepare_run_dir(config, options.resume, accepted)
 
-    from prime_fast import preflight
+    from prime_fast import preflight, resume
     from prime_fast.engine import distributed, zero
     from prime_fast.engine.checkpoint import latest
     from prime_fast.trainer import Trainer
 
     device = zero.start()
-    trainer = Trainer(config, device, preflight.load_inputs(config))
+
+    def check() -> tuple[dict, set[str]]:
+        """On one rank of each machine: its identity, and what of it is not as it was in the newest checkpoint."""
+        if distributed.local_rank() > 0:
+            return {}, set()
+        known = preflight.identify(config, inputs)
+        return known, resume.check(newest, known, accepted) if newest else set()
+
+    inputs = _together(lambda: preflight.load_inputs(config))
+    known, renewed = distributed.gather_lists([_together(check)])[0]
+    trainer = Trainer(config, device, replace(inputs, identity=known))
     try:
-        first = trainer.restore(newest) if newest else 1
+        first = trainer.restore(newest, renewed) if newest else 1
         trainer.run(_open_run(config, resume_step=first - 1), first)
     except distributed.Stop as error:
         newest = latest(Path(config.run_dir))
@@ -240,6 +261,23 @@ def _train(options: argparse.Namespace) -> int:
         _report(argparse.Namespace(runs=[config.run_dir], out=None))
         print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
     return 0
+
+
+def _together(work: Callable[[], T]) -> T:
+    """work() on every rank. Where it fails on some, the first of them tells and every one ends."""
+    from prime_fast.engine import distributed
+
+    result, failure = None, None
+    try:
+        result = work()
+    except (ValueError, FileNotFoundError) as error:
+        failure = error
+    failed = distributed.gather_lists([failure is not None])
+    if failure is not None and distributed.rank() == failed.index(True):
+        raise failure
+    if any(failed):
+        sys.exit(2)
+    return result
 
 
 def _sft(options: argparse.Namespace) -> None:
@@ -328,32 +366,15 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options.run_dir, options.quick, options.json)
 
 
-def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
+def _prepare_run_dir(config: Config, resume: bool, accepted: Collection[str] = ()) -> Path | None:
     """The checkpoint to continue from, or None for a fresh start. Nothing is written yet."""
-    run_dir = Path(config.run_dir)
-    if not resume:
-        if (run_dir / "config.yaml").exists():
-            raise ValueError(f"{run_dir} already holds a run; continue it with --resume, or choose another run_dir")
-        return None
-    from prime_fast.engine.checkpoint import latest
+    if resume:
+        from prime_fast.resume import newest
 
-    newest = latest(run_dir)
-    if newest is not None:
-        if config.engine.offload == "disk":
-            raise ValueError(
-                "DeepSpeed does not restore AdamW's step count from disk, so --resume with engine.offload=disk would "
-                "not continue the same run; use engine.offload=cpu, or start a new run_dir with "
-                f"model.policy={newest / 'policy'}"
-            )
-        before = _flatten(load_config(run_dir / "config.yaml").model_dump())
-        now = _flatten(config.model_dump())
-        changed = [key for key in now if now[key] != before.get(key) and key.split(".")[0] not in RESUMABLE_CHANGES]
-        if changed:
-            raise ValueError(
-                f"--resume continues the same run, but {changed[0]} was {before.get(changed[0])!r} and is "
-                f"{now[changed[0]]!r}; put it back, or start a new run_dir with model.policy={newest / 'policy'}"
-            )
-    return newest
+        return newest(config, accepted)
+    if (Path(config.run_dir) / "config.yaml").exists():
+        raise ValueError(f"{config.run_dir} already holds a run; continue it with --resume, or choose another run_dir")
+    return None
 
 
 def _open_run(config: Config, resume_step: int, total_steps: int | None = None) -> MetricsLog | None:
@@ -366,10 +387,3 @@ def _open_run(config: Config, resume_step: int, total_steps: int | None = None) 
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     save_config(config, Path(config.run_dir) / "config.yaml")
     return MetricsLog(config.run_dir, total_steps or config.steps, config.log.tensorboard, resume_step or None)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from prime_fast import passes
+from prime_fast import identity, passes
 from prime_fast.config import Config
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
-from prime_fast.data.rows import Rows, load_rows
+from prime_fast.data.rows import MAX_KINDS, Rows, load_rows
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch, Group
 from prime_fast.engine.model import longest_row
 from prime_fast.engine.zero import Engine
-from prime_fast.rewards import row_check
+from prime_fast.identity import Identity
+from prime_fast.rewards import RewardPool, row_check
+from prime_fast.rewards.trial import try_out
 from prime_fast.rollout import Request
 from prime_fast.rollout.fleet import Fleet
 
@@ -32,6 +34,8 @@ class Inputs:
     eos_ids: tuple[int, ...]
     train: Rows
     eval: list[dict] | None
+    kinds: list[dict] = field(default_factory=list)  # a row of each ability and data_source, of at most MAX_KINDS
+    identity: Identity = field(default_factory=dict)  # known on rank 0, once `try_reward` was asked
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -65,7 +69,26 @@ def load_inputs(config: Config) -> Inputs:
         print(f"train: {train}")
         for rows, part in zip(files, parts, strict=True):
             print(f"eval: {len(part)} of {rows}" + ", a fixed random sample" * (len(part) < len(rows)))
-    return Inputs(tokenizer, eos_ids(config.model.policy, tokenizer), train, sum(parts, []) or None)
+    kinds = {kind: rows[index] for rows in (*reversed(files), train) for kind, index in rows.kinds.items()}
+    return Inputs(
+        tokenizer,
+        eos_ids(config.model.policy, tokenizer),
+        train,
+        sum(parts, []) or None,
+        list(kinds.values())[-MAX_KINDS:],
+    )
+
+
+def identify(config: Config, inputs: Inputs) -> Identity:
+    """What this run is made with. The reward is asked about made-up responses to a row of each kind first.
+
+    Raises ValueError in one sentence if it cannot score one of them.
+    """
+    reward = config.reward
+    with RewardPool(reward.function, None, reward.timeout, reward.sandbox) as pool:
+        for sentence in try_out(pool, inputs.kinds):
+            print(sentence, flush=True)
+        return identity.of(config, inputs.tokenizer, inputs.train, inputs.eval or [], pool.sources)
 
 
 def sample_evenly(files: Sequence[Rows], limit: int) -> list[list[dict]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +224,11 @@ class Trainer:
         with self.phases("checkpoint"):
             checkpoint.save(Path(self.config.run_dir), step, self._trained(), self.inputs.tokenizer, self._state())
 
-    def restore(self, directory: Path) -> int:
-        """Continue from a checkpoint; returns the step to do next."""
+    def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
+        """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
         self.rollout.sleep()  # loading needs the most memory of all
         state = checkpoint.load(directory, self._trained())
-        self.collector.load_state_dict(state["collector"])
+        self.collector.load_state_dict(state["collector"], renewed)
         self.counts = state["counts"]
         self.rollout.wake(changed=True)
         return state["step"] + 1
@@ -245,7 +246,8 @@ class Trainer:
         return {name: engine for name, engine in engines.items() if engine is not None and engine.trains}
 
     def _state(self) -> dict[str, Any]:
-        return {"collector": self.collector.state_dict(), "counts": dict(self.counts)}
+        loop = {"collector": self.collector.state_dict(), "counts": dict(self.counts)}
+        return loop | {"identity": self.inputs.identity}
 
     def _reference_logprob(self, batch: Batch, minis: list[passes.MiniBatch]) -> dict[float, Tensor]:
         """Log-probs by temperature: 1 for the PRM's rewards, the rollout's for the policy's KL, from one forward.

@@ -1,5 +1,6 @@
 """Prompts and demonstrations for training: rows tokenised once, kept on disk, read as needed."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,6 +20,8 @@ SCHEMA = pa.schema(
     {"row": pa.string(), "file": pa.int32(), "number": pa.int64(), "prompt_ids": IDS, "response_ids": IDS}
 )
 DROPS = ("broken", "duplicates")
+MAX_KINDS = 64
+DIGEST_CHARS = 12
 
 
 class Rows:
@@ -28,12 +31,21 @@ class Rows:
     (under WHERE) its place.
     source: the files they came from; shape: that of each (`shapes`). dropped, broken, duplicates: how many rows were
     left out for being too long, and for the two reasons of `drop`; raw: how many stand without a chat template.
+    kinds: {ability and data_source: index of the first such row}, of the first MAX_KINDS of them.
     """
 
     def __init__(
-        self, table: pa.Table, source: list[str], shape: list[str], dropped: int, broken: int, duplicates: int, raw: int
+        self,
+        table: pa.Table,
+        source: list[str],
+        shape: list[str],
+        dropped: int,
+        broken: int,
+        duplicates: int,
+        raw: int,
+        kinds: dict[str, int],
     ):
-        self._table, self.source, self.shape = table, source, shape
+        self._table, self.source, self.shape, self.kinds = table, source, shape, kinds
         self.dropped, self.broken, self.duplicates, self.raw = dropped, broken, duplicates, raw
 
     def __len__(self) -> int:
@@ -45,6 +57,11 @@ class Rows:
         (row,) = self._table.slice(index, 1).to_pylist()
         ids = {key: value for key, value in row.items() if key.endswith("_ids") and value is not None}
         return json.loads(row["row"]) | ids | {WHERE: str(sources.Where(self.source[row["file"]], row["number"]))}
+
+    def digest(self) -> str:
+        """Of the rows' content, in their order; token ids are no part of it."""
+        texts = (text for batch in self._table.select(["row"]).to_batches() for text in batch.column(0).to_pylist())
+        return digest(texts)
 
     def __str__(self) -> str:
         """`1319 rows of test.jsonl (verl shape), 2 too long`."""
@@ -162,8 +179,13 @@ class PromptSampler:
     def state_dict(self) -> dict[str, int]:
         return {"size": self.size, "epoch": self._epoch, "position": self._position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where `state` was taken; ValueError if the data has another number of rows now."""
+    def load_state_dict(self, state: dict[str, int], renewed: bool = False) -> None:
+        """Continues where `state` was taken; with `renewed` rows, which need not be as many, by a new epoch.
+
+        Raises ValueError if the data has another number of rows now.
+        """
+        if renewed:
+            state = {"size": self.size, "epoch": state["epoch"] + 1, "position": 0}
         if state["size"] != self.size:
             raise ValueError(f"the checkpoint was made with {state['size']} rows of data, now there are {self.size}")
         self._epoch, self._position = state["epoch"], state["position"]
@@ -171,6 +193,14 @@ class PromptSampler:
 
     def _permutation(self) -> np.ndarray:
         return np.random.default_rng([self.seed, self._epoch]).permutation(self.size)
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Of texts without line breaks, in their order."""
+    made = hashlib.sha256()
+    for text in texts:
+        made.update(text.encode() + b"\n")
+    return made.hexdigest()[:DIGEST_CHARS]
 
 
 def _load(paths, template: Template, prepare, options, max_tokens: int, limit: int | None, drop, remedy: str) -> Rows:
@@ -210,7 +240,7 @@ def _prepare(where: sources.Where, row: dict | ValueError, shape: str, prepare) 
 def _write(writer, source, template: Template, prepare, max_tokens, limit, drop, remedy) -> None:
     """Rows as record batches; the last one, which is empty, says what was left out. What is not token ids is kept as
     JSON text, since Arrow would want the same keys and types of extra_info in every row."""
-    counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0, "raw": 0}
+    counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0, "raw": 0, "kinds": {}}
     kept, too_long, seen = 0, [], set()
     for file, name in enumerate(source):
         shape, rows = sources.read(name)
@@ -219,7 +249,7 @@ def _write(writer, source, template: Template, prepare, max_tokens, limit, drop,
             if kept == limit:
                 break
             items = []
-            for is_raw, item in _tokenised(_prepared(chunk, shape, template, prepare, drop, counts), template):
+            for is_raw, kind, item in _tokenised(_prepared(chunk, shape, template, prepare, drop, counts), template):
                 ids = tuple(item["prompt_ids"]), tuple(item.get("response_ids", ()))
                 if kept + len(items) == limit:
                     break
@@ -231,6 +261,8 @@ def _write(writer, source, template: Template, prepare, max_tokens, limit, drop,
                     if "duplicates" in drop:
                         seen.add(hash(ids))
                     counts["raw"] += is_raw
+                    if len(counts["kinds"]) < MAX_KINDS:
+                        counts["kinds"].setdefault(kind, kept + len(items))
                     items.append(item | {"file": file})
             writer.write_batch(pa.RecordBatch.from_pylist(items, SCHEMA))
             kept += len(items)
@@ -260,7 +292,7 @@ def _prepared(
             counts["broken"] += 1
 
 
-def _tokenised(prepared, template: Template) -> Iterator[tuple[bool, dict]]:
+def _tokenised(prepared, template: Template) -> Iterator[tuple[bool, str, dict]]:
     if not (prepared := list(prepared)):
         return
     numbers, rows, prompts, responses = zip(*prepared, strict=True)
@@ -271,7 +303,7 @@ def _tokenised(prepared, template: Template) -> Iterator[tuple[bool, dict]]:
         if response is not None:
             response_ids = template.tokenizer(response, add_special_tokens=False)["input_ids"]
             item["response_ids"] = response_ids + [template.tokenizer.eos_token_id]
-        yield is_raw, item
+        yield is_raw, json.dumps([row.get("ability"), row.get("data_source")], default=str), item
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -1,12 +1,14 @@
 """Checkpoints of the whole loop: written beside the old ones, put in place by one rename, pointed to last.
 
 checkpoints/step-000050/policy, prm   Hugging Face directories for from_pretrained, vLLM, or a later run
-checkpoints/step-000050/state         DeepSpeed shards of the engines, trainer.pt (sampler, surplus groups, counters)
+checkpoints/step-000050/state         DeepSpeed shards of the engines, trainer.pt (sampler, surplus groups, counters),
+                                      identity.json: what it was made with (`identity`)
 checkpoints/latest                    the name of the newest intact one
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from prime_fast.engine import distributed
 from prime_fast.engine.zero import Engine
 
-KEEP = 2
+KEEP, IDENTITY = 2, "identity.json"
 
 
 def save(run_dir: Path, step: int, engines: dict[str, Engine], tokenizer: Any, state: dict[str, Any]) -> None:
@@ -35,6 +37,8 @@ def save(run_dir: Path, step: int, engines: dict[str, Engine], tokenizer: Any, s
     distributed.barrier()
     if distributed.rank() == 0:
         torch.save(state | {"step": step, "world_size": distributed.world_size()}, partial / "state" / "trainer.pt")
+        if state.get("identity"):
+            (partial / "state" / IDENTITY).write_text(json.dumps(state["identity"], indent=1) + "\n")
         _sync_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

@@ -39,7 +39,7 @@ def initialize() -> torch.device:
 def device() -> torch.device:
     """This rank's, with its index, which "cuda" alone does not have."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
@@ -49,6 +49,10 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:

