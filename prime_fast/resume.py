@@ -46,12 +46,12 @@ def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
     before = _flatten(load_config(run_dir / "config.yaml").model_dump())
     now = _flatten(config.model_dump())
     free = FREE.union(*(ACCEPTS[part] for part in accepted), BY_CONTENT if _identity(found) else ())
-    for key in now:
+    for key in before | now:
         names = {key, key.split(".")[0]}
-        if now[key] != before.get(key) and not names & free:
+        if now.get(key) != before.get(key) and not names & free:
             ways = "".join(f"add --accept {part}, " for part, keys in ACCEPTS.items() if names & keys)
             raise ValueError(
-                f"--resume continues the same run, but {key} was {before.get(key)!r} and is {now[key]!r}; put it "
+                f"--resume continues the same run, but {key} was {before.get(key)!r} and is {now.get(key)!r}; put it "
                 f"back, {ways}or start a new run_dir with model.policy={found / 'policy'}"
             )
     return found

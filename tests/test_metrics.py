@@ -125,6 +125,9 @@ def test_progress_is_one_plain_line_with_the_time_left(tmp_path, capsys):
     slower = log.progress({"step": 11, "outcome": None, "seconds": 400.0, "skipped": 1, "eval_accuracy": 0.5})
     assert slower == "step 11/40  400.0 s  eta 1h37m  eval 0.500  skipped 1"
     assert "eta" not in log.progress({"step": 40, "seconds": 2.0})
+    failing = {"reward_errors": 0.125, "reward_timeouts": 0.0, "reward_crashes": 1 / 1024, "eval_reward_failures": 0.5}
+    line = log.progress({"step": 12} | failing)
+    assert line.endswith("  reward errors 12.5%  reward crashes 0.1%  eval reward failures 50.0%")
     printed = capsys.readouterr().out
     assert printed.isascii() and "\x1b" not in printed and "\r" not in printed and printed.count("\n") == 5
 

@@ -25,7 +25,8 @@ HAS_LIBAIO = deepspeed.ops.__compatible_ops__["async_io"]
 
 VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib", "memory")
 EXPECTED = """
-step rollouts outcome groups_kept groups rows surplus response_length truncated reward_timeouts
+step rollouts outcome groups_kept groups rows surplus response_length truncated
+reward_errors reward_timeouts reward_crashes
 prm_loss prm_accuracy prm_pair_accuracy prm_grad_norm process_over_outcome process_reward_mean process_reward_std
 policy_loss entropy clip_fraction approx_kl policy_grad_norm skipped packing_efficiency tokens_per_second
 mismatch_kl mismatch_ratio mismatch_max importance_cut peak_memory_gib seconds
@@ -67,6 +68,7 @@ def test_a_run_leaves_everything_it_promises(straight):
     run_dir, records = straight
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert set(EXPECTED.split()) <= set(records[1])
+    assert records[0]["eval_reward_failures"] == records[4]["eval_reward_failures"] == 0
     assert "eval_accuracy" in records[0] and "eval_accuracy" in records[4] and "eval_accuracy" not in records[1]
     outputs = [json.loads(line) for line in (run_dir / "eval" / "step-000004.jsonl").read_text().splitlines()]
     solved = [outcome for output in outputs for outcome in output["outcomes"]]

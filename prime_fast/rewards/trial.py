@@ -12,7 +12,7 @@ TRUTH_CHARS = 200  # a longer truth is none that a response would state
 
 
 def try_out(pool: RewardPool, rows: Sequence[dict]) -> list[str]:
-    """Score an empty response, a boxed answer and a program for each row; returns what is odd, as sentences.
+    """Score a few made-up responses to each row; returns what is odd, as sentences.
 
     Raises ValueError naming the row if it cannot be scored, if a value is no outcome, or if every response fails: one
     alone may be unlike any that a model gives.
@@ -30,12 +30,16 @@ def try_out(pool: RewardPool, rows: Sequence[dict]) -> list[str]:
         what = f'{named(row, "a row")}: reward "{pool.reward}" fails'
         why = verdicts[failed[0]].reason
         if len(failed) == len(verdicts):
-            raise ValueError(f"{what} on whatever is responded: {why}")
+            raise ValueError(
+                f"{what} on each of {len(verdicts)} kinds of responses: {why} (what it cannot read is 0.0)"
+            )
         odd.append(f"{what} on the response {responses[failed[0]]!r}: {why}; in training it would score 0.0")
     return odd
 
 
 def made_up(row: dict) -> list[str]:
+    """Nothing, an answer in a box, one in tags, and a program."""
     truth = str(truth_of(row)) if isinstance(row.get("reward_model"), dict) else ""
     answer = truth if 0 < len(truth) <= TRUTH_CHARS else "7"
-    return ["", rf"The answer is \boxed{{{answer}}}.", "```python\nprint(7)\n```"]
+    boxed, tagged = rf"The answer is \boxed{{{answer}}}.", f"<answer>{answer}</answer>\n#### {answer}"
+    return ["", boxed, f"<think>\nLet me see.\n</think>\n{tagged}", "```python\nprint(7)\n```"]

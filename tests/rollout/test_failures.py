@@ -9,10 +9,12 @@ import processes
 import pytest
 
 from prime_fast import preflight
+from prime_fast.cli import main
 from prime_fast.data.rows import PromptSampler
 from prime_fast.engine.batch import Group
 from prime_fast.engine.distributed import Stop
 from prime_fast.evaluation import evaluate
+from prime_fast.metrics import read_metrics
 from prime_fast.rollout import failures
 from prime_fast.trainer import Trainer
 
@@ -156,3 +158,29 @@ def test_what_one_rank_finds_stops_both(workspace, tmp_path):
     for name, (_, _, told) in CASES.items():
         one, two = ((tmp_path / f"{name}.{rank}").read_text() for rank in (0, 1))
         assert one == two and re.search(told, one), (one, two)
+
+
+@pytest.mark.parametrize("fault", ["raise KeyError('no judge')", "return -1.0"])
+def test_a_run_that_is_stopped_leaves_its_steps_and_goes_on_when_mended(fault, workspace, tmp_path, capsys):
+    """The reward breaks in step 2, when a metrics.jsonl says that step 1 is made."""
+    reward, run_dir = tmp_path / "breaking.py", tmp_path / "run"
+    body = f"""
+from pathlib import Path
+
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    if Path({str(run_dir / "metrics.jsonl")!r}).is_file() and ACT:
+        {fault}
+    return float(sum(map(ord, solution_str)) % 2)
+"""
+    reward.write_text(body.replace("ACT", "True"))
+    command = ["train", str(workspace / "config.yaml"), f"run_dir={run_dir}", "steps=3", "log.eval_every=0"]
+    command += [f"reward.function={reward}:compute_score", "rollout.prompts=4"]
+    assert main(command) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "rows.jsonl, row " in error and "step-000001 with --resume" in error
+    assert ("KeyError: 'no judge'; mend it and add --accept reward" in error) == ("raise" in fault)
+    reward.write_text(body.replace("ACT", "False"))
+    assert main([*command, "--resume"]) == 2
+    assert "reward, where breaking was" in capsys.readouterr().err
+    assert main([*command, "--resume", "--accept", "reward"]) == 0
+    assert [record["step"] for record in read_metrics(run_dir)] == [1, 2, 3]
