@@ -129,7 +129,7 @@ def test_progress_is_one_plain_line_with_the_time_left(tmp_path, capsys):
     line = log.progress({"step": 12} | failing)
     assert line.endswith("  reward errors 12.5%  reward crashes 0.1%  eval reward failures 50.0%")
     printed = capsys.readouterr().out
-    assert printed.isascii() and "\x1b" not in printed and "\r" not in printed and printed.count("\n") == 5
+    assert printed.isascii() and "\x1b" not in printed and "\r" not in printed and printed.count("\n") == 6
 
 
 def test_tensorboard_holds_the_numbers(tmp_path):
