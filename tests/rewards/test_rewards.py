@@ -337,11 +337,14 @@ class TestCustomFunctions:
     def test_module_and_neighbour(self, write, tmp_path):
         (tmp_path / "neighbour.py").write_text("VALUE = 0.75")
         code = """
+            import json, numpy
             from neighbour import VALUE
             def act(data_source, solution_str, ground_truth):
                 return VALUE
         """
-        assert score(["r"], [ROW], reward=write(code)) == [0.75]
+        with RewardPool(write(code), workers=1) as pool:
+            assert pool.score(["r"], [ROW]) == [0.75]
+            assert set(pool.sources) == {"function", "reward_file", "neighbour"}
         row = {"data_source": "", "reward_model": {"ground_truth": "8"}, "extra_info": {"steps": 1}}
         assert score(["4*2=8"], [row], reward="prime_fast.stages.quickstart:compute_score") == [1.0]
 
@@ -366,5 +369,36 @@ class TestCustomFunctions:
             RewardPool("no_such_package.module:f")
 
     def test_worker_that_ends_while_importing(self, write):
-        with pytest.raises(RuntimeError, match="was not ready .*exit code 5"):
+        with pytest.raises(ValueError, match="was not ready .*exit code 5"):
             RewardPool(write("import os; os._exit(5)"))
+
+
+class TestSources:
+    """What `RewardPool.sources` covers: enough that no change of the user's code goes unseen, and no more."""
+
+    def sources(self, reward: str) -> dict[str, str]:
+        with RewardPool(reward, workers=1) as pool:
+            pool.score(["r"], [ROW | {"ability": "math"}])
+            return pool.sources
+
+    def test_a_package_of_the_users(self, tmp_path, monkeypatch):
+        package = tmp_path / "judging"
+        (package / "deep").mkdir(parents=True)
+        files = {"__init__.py": "", "deep/__init__.py": "", "deep/rules.py": "ONE = 1.0\n", "unused.py": ""}
+        files["main.py"] = "from judging.deep.rules import ONE\ndef act(completions): return [ONE]\n"
+        for name, code in files.items():
+            (package / name).write_text(code)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        before = self.sources("judging.main:act")
+        assert set(before) == {"function", "judging", "judging.main", "judging.deep", "judging.deep.rules"}
+        (package / "deep/rules.py").write_text("ONE = 1.00\n")
+        (package / "unused.py").write_text("changed")
+        after = self.sources("judging.main:act")
+        assert [name for name in after if after[name] != before[name]] == ["judging.deep.rules"]
+
+    def test_ours_are_known_by_their_version(self):
+        assert self.sources("math") == {}
+        assert set(self.sources("prime_fast.stages.quickstart:compute_score")) == {
+            "function",
+            "prime_fast.stages.quickstart",
+        }
