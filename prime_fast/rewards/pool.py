@@ -5,24 +5,15 @@ import logging
 import math
 import os
 import selectors
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import time
 from collections import deque
-from contextlib import suppress
 from typing import NamedTuple
 
 from prime_fast.data.shapes import WHERE, named, prefill
 from prime_fast.rewards.functions import BUILT_IN, RowCheck, abilities, check_name
+from prime_fast.rewards.process import Worker
 
 MAX_DEFAULT_WORKERS = 16
-START_SECONDS = 120.0  # for a worker to import what it needs; not counted against any sample
-END_SECONDS = 30.0  # for a killed worker and its descendants to be gone
-RECEIVE_BYTES = 1 << 16
-HEADER = struct.Struct("<I")  # a frame: the length of its body, then the body, JSON
 SANDBOXES = ("namespaces", "rlimits-only")  # of code rewards, see `rewards.sandbox`
 UNSEEN = ("prompt_ids", WHERE)  # keys of a row that no reward function is given
 
@@ -85,7 +76,7 @@ class RewardPool:
         self.counts = {"timeouts": 0, "errors": 0, "crashes": 0}
         self.sources: dict[str, str] = {}
         self._told = False
-        self._pool: list[_Worker] = []
+        self._pool: list[Worker] = []
         self._selector = selectors.DefaultSelector()
         if sandbox == "rlimits-only" and "code" in abilities(reward):
             logger.warning(
@@ -215,7 +206,7 @@ class RewardPool:
             ended.append((worker.sample, {reason: True}))
 
     def _start(self):
-        worker = _Worker(self.reward, str(self.timeout), self.sandbox)
+        worker = Worker(self.reward, str(self.timeout), self.sandbox)
         self._pool.append(worker)
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
 
@@ -244,72 +235,6 @@ class RewardPool:
         except BaseException:
             self._kill_all()  # what they are doing is of no use any more; they start again when needed
             raise
-
-
-class _Worker:
-    """One worker: starting, then idle (no sample) or running (sample is its index in the batch)."""
-
-    def __init__(self, reward: str, *options: str):
-        self.socket, theirs = socket.socketpair()
-        life, self.life = os.pipe()  # ours is closed when this process ends, however it ends
-        command = [sys.executable, "-m", "prime_fast.rewards.worker", reward, str(theirs.fileno()), str(life), *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            pass_fds=(theirs.fileno(), life),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-        os.close(life)
-        self.socket.setblocking(False)
-        self.starting, self.sample, self.unsent, self.received = True, None, b"", bytearray()
-        self.deadline = time.monotonic() + START_SECONDS
-
-    @property
-    def idle(self) -> bool:
-        return not self.starting and self.sample is None
-
-    def send(self, sample: int, body: bytes, timeout: float) -> None:
-        self.sample, self.deadline = sample, time.monotonic() + timeout
-        self.unsent = memoryview(HEADER.pack(len(body)) + body)
-        with suppress(OSError):  # the worker is dead: its end of file tells
-            self.flush()
-
-    def flush(self) -> None:
-        with suppress(BlockingIOError):
-            self.unsent = self.unsent[self.socket.send(self.unsent) :]
-
-    def receive(self) -> list[dict]:
-        chunk = self.socket.recv(RECEIVE_BYTES)
-        if not chunk:
-            raise EOFError
-        self.received += chunk
-        replies = []
-        while len(self.received) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(self.received)[0]
-            if len(self.received) < end:
-                break
-            replies.append(json.loads(self.received[HEADER.size : end]))
-            del self.received[:end]
-        return replies
-
-    def rest(self) -> None:
-        self.starting, self.sample, self.deadline = False, None, math.inf
-
-    def kill(self) -> None:
-        """Ends the worker and, through its watcher, all its descendants."""
-        os.close(self.life)
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            logger.warning("a reward worker's processes did not all end within %g s", END_SECONDS)
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # until the wait nobody else can have its id
-            self.process.wait()
-        self.socket.close()
 
 
 def _check_rows(rows: list[dict], reward: str) -> None:

@@ -20,7 +20,7 @@ from contextlib import suppress
 
 from prime_fast.rewards import sources
 from prime_fast.rewards.functions import BUILT_IN, BadReward, load_reward
-from prime_fast.rewards.pool import HEADER
+from prime_fast.rewards.process import HEADER
 
 BUILT_IN_MEMORY_BYTES = 4 << 30  # a huge power must fail here, not through the machine's out-of-memory killer
 ERROR_CHARS = 1_000

@@ -175,4 +175,4 @@ class Collector:
 
 def _group(start: tuple, verdicts: list[Verdict]) -> Group:
     failed = tuple((verdict.failure, verdict.reason) for verdict in verdicts if verdict.failure)
-    return Group(*start, tuple(verdict.outcome for verdict in verdicts), failed)
+    return Group(*start, tuple(verdict.outcome for verdict in verdicts), failures=failed)
