@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -208,7 +209,7 @@ def test_two_ranks_of_which_one_loses_its_engine(state, workspace, tmp_path):
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_an_engine_that_ends_before_it_has_started_is_one_sentence(command, workspace, tmp_path, monkeypatch, capsys):
     needs_vllm()
-    monkeypatch.setattr(process.sys, "executable", "/bin/false")
+    monkeypatch.setattr(process, "sys", SimpleNamespace(executable="/bin/false", path=sys.path))
     if command == "train":
         assert train(workspace, tmp_path / "run", "rollout.engine=vllm") == 1
     else:
