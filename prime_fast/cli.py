@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="run_dir, checkpoint, model directory or hub id")
+    command.add_argument("model", metavar="MODEL", help="run_dir, RUN_DIR/checkpoints/best, model directory or hub id")
     command.add_argument("--data", nargs="+", required=True, metavar="ROWS", help="files of rows, one benchmark each")
     command.add_argument("--out", help="directory of the results (default: runs/eval/ and the model's name)")
     engines = get_args(RolloutConfig.model_fields["engine"].annotation)
@@ -219,7 +219,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from prime_fast import preflight
     from prime_fast.engine import distributed, zero
-    from prime_fast.engine.checkpoint import latest
+    from prime_fast.engine.checkpoint import best, latest
     from prime_fast.trainer import Trainer
 
     device = zero.start()
@@ -237,7 +237,10 @@ def _train(options: argparse.Namespace) -> int:
         trainer.close()
     if distributed.rank() == 0:
         _report(argparse.Namespace(runs=[config.run_dir], out=None))
-        print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
+        newest, top = latest(Path(config.run_dir)), best(Path(config.run_dir))
+        print(f"model: {newest / 'policy'}")
+        if top not in (None, newest):
+            print(f"the best by its held-out accuracy: {top / 'policy'}")
     return 0
 
 

@@ -118,6 +118,7 @@ class EngineConfig(Section):
 class LogConfig(Section):
     eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0 = never
     checkpoint_every: Annotated[int, Field(ge=0)] = 50  # steps; 0 = only at the end
+    keep: Positive = 2  # newest checkpoints; the best of those made at an evaluated step is kept besides
     tensorboard: bool = False
 
 
@@ -135,6 +136,10 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.data.eval) and self.log.eval_every > 0
 
     @property
     def uses_prm(self) -> bool:

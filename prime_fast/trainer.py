@@ -213,7 +213,15 @@ class Trainer:
 
     def save(self, step: int) -> None:
         with self.phases("checkpoint"):
-            checkpoint.save(Path(self.config.run_dir), step, self._trained(), self.inputs.tokenizer, self._state())
+            checkpoint.save(
+                Path(self.config.run_dir),
+                step,
+                self._trained(),
+                self.inputs.tokenizer,
+                self._state(),
+                keep=self.config.log.keep,
+                score=self.record.get("eval_accuracy"),
+            )
 
     def restore(self, directory: Path) -> int:
         """Continue from a checkpoint; returns the step to do next."""

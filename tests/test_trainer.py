@@ -125,7 +125,10 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
     assert stable(resumed) == stable(records)
     expected, got = weights(run_dir), weights(killed)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
-    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-000003", "step-000004"]
+    best = max((2, 4), key=lambda step: (records[step]["eval_accuracy"], step))
+    assert checkpoint.best(killed).name == f"step-{best:06d}"
+    kept = sorted(path.name for path in (killed / "checkpoints").glob("step-*"))
+    assert kept == sorted({"step-000003", "step-000004", checkpoint.best(killed).name})
 
 
 @pytest.mark.parametrize("mini_batch", [12, 1], ids=["several rows", "one row a step, so that a rank idles"])

@@ -27,9 +27,8 @@ from transformers.utils import logging as transformers_logging
 from prime_fast.config import Config, ModelConfig
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
 from prime_fast.data.rows import load_rows
-from prime_fast.engine import distributed
+from prime_fast.engine import checkpoint, distributed
 from prime_fast.engine.batch import Group
-from prime_fast.engine.checkpoint import latest
 from prime_fast.engine.model import training_dtype
 from prime_fast.evaluation import outputs, report
 from prime_fast.evaluation.answers import Draw, Problem, generate, record, score, vote, workers
@@ -127,9 +126,9 @@ def default_out(model: str) -> Path:
 
 
 def find_model(path: str, role: str) -> str:
-    """A model directory or hub id as it is; of a run_dir or a checkpoint, the `role` (policy or prm) in it."""
-    if (newest := latest(Path(path))) is not None:
-        return str(newest / role)
+    """A model directory or hub id as it is; of a run_dir, a checkpoint or checkpoints/best, its policy or prm."""
+    if (found := checkpoint.find(Path(path))) is not None:
+        return str(found / role)
     return str(Path(path) / role) if (Path(path) / role).is_dir() else path
 
 
