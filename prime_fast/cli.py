@@ -278,16 +278,19 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     from prime_fast.data.sources import read
+    from prime_fast.progress import progress
     from prime_fast.rewards import RewardPool
 
     shape, rows = read(options.rows)
     pairs = _answered(rows, options.rows, options.responses)
     outcomes, start = [], time.perf_counter()
-    with RewardPool(options.reward, options.workers, options.timeout, options.sandbox) as pool:
+    with (
+        RewardPool(options.reward, options.workers, options.timeout, options.sandbox) as pool,
+        progress("scoring", unit="responses") as tick,
+    ):
         while part := list(islice(pairs, SCORE_ROWS)):
-            outcomes += pool.score(
-                [text for _, texts in part for text in texts], [r for r, texts in part for _ in texts]
-            )
+            texts, owners = [text for _, texts in part for text in texts], [r for r, texts in part for _ in texts]
+            outcomes += pool.score(texts, owners, tick)
         counts = ", ".join(f"{count} {name}" for name, count in pool.counts.items())
     if not outcomes:
         raise ValueError(f"{options.responses} holds no responses")

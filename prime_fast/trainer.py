@@ -19,6 +19,7 @@ from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
 from prime_fast.memory import measured
 from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
+from prime_fast.progress import progress
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import make_engine
 from prime_fast.rollout.collect import Collector
@@ -59,7 +60,8 @@ class Trainer:
         """
         config, evaluates = self.config, self.inputs.eval is not None and self.config.log.eval_every > 0
         if first_step == 1:
-            preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
+            with progress("self-check", at_once=True):
+                preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
             if evaluates:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step, config.steps + 1):

@@ -19,6 +19,7 @@ import torch
 
 from prime_fast.engine import distributed
 from prime_fast.engine.zero import Engine
+from prime_fast.progress import progress
 
 LATEST, BEST, SCORE = "latest", "best", "score"
 
@@ -45,9 +46,12 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    for name, engine in engines.items():
-        engine.save_hf(partial / name, tokenizer)
-        engine.save_state(partial / "state" / name)
+    with progress("checkpoint", total=2 * len(engines)) as tick:
+        for name, engine in engines.items():
+            engine.save_hf(partial / name, tokenizer)
+            tick()
+            engine.save_state(partial / "state" / name)
+            tick()
     distributed.barrier()
     if distributed.rank() == 0:
         torch.save(state | {"step": step, "world_size": distributed.world_size()}, partial / "state" / "trainer.pt")

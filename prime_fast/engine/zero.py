@@ -20,6 +20,7 @@ from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
 from prime_fast.engine import distributed
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
+from prime_fast.progress import progress
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is imported
@@ -73,6 +74,10 @@ class Engine:
         self.trains = optimizer is not None
         self.dtype = training_dtype(model, device)
         settings = deepspeed_config(role, engine, optimizer, self.dtype)
+        with progress(f"loading the {role} model", at_once=True):
+            self._load(path, model, optimizer, settings)
+
+    def _load(self, path: str, model: ModelConfig, optimizer: OptimizerConfig | None, settings: dict) -> None:
         lm = load_sharded(path, self.dtype, settings)
         lm.config.use_cache = False
         if model.gradient_checkpointing:
@@ -83,7 +88,10 @@ class Engine:
         adam = None
         if optimizer is not None:
             adam = torch.optim.AdamW(
-                module.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=device.type == "cuda"
+                module.parameters(),
+                lr=optimizer.lr,
+                weight_decay=optimizer.weight_decay,
+                fused=self.device.type == "cuda",
             )
         self.deepspeed = deepspeed.initialize(model=module, optimizer=adam, config=settings)[0]
         self.deepspeed.train(self.trains)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from prime_fast.data.shapes import prefill
@@ -82,9 +83,9 @@ class RewardPool:
         if abilities(reward) != ("math",):  # find out now, not after the first rollouts, that it cannot work
             self._guard(self._start_first)
 
-    def score(self, responses: list[str], rows: list[dict]) -> list[float]:
+    def score(self, responses: list[str], rows: list[dict], tick: Callable[[], None] = lambda: None) -> list[float]:
         """The outcome in [0, 1] of each response (text) to its row (verl shape), in order. A built-in reward grades the
-        answer that a prompt begins together with the response that continues it.
+        answer that a prompt begins together with the response that continues it. `tick` is called after each.
 
         Raises ValueError if a row cannot be scored by this reward, or the reward function returns anything but a finite
         number in [0, 1], which the PRM's cross-entropy needs.
@@ -93,7 +94,7 @@ class RewardPool:
             raise ValueError(f"{len(responses)} responses for {len(rows)} rows")
         if self.reward in BUILT_IN:
             _check_rows(rows, self.reward)
-        return self._guard(self._score, responses, rows)
+        return self._guard(self._score, responses, rows, tick)
 
     def processes(self) -> list[int]:
         """The ids of the workers; what they run are their descendants."""
@@ -110,7 +111,7 @@ class RewardPool:
     def __exit__(self, *exception):
         self.close()
 
-    def _score(self, responses, rows):
+    def _score(self, responses, rows, tick):
         outcomes, waiting, left = [0.0] * len(rows), deque(range(len(rows))), len(rows)
         self._wait(0)  # notices workers that died since the last call
         while left:
@@ -124,6 +125,7 @@ class RewardPool:
             for sample, reply in self._wait():
                 outcomes[sample] = self._outcome(reply, sample, rows[sample])
                 left -= 1
+                tick()
         return outcomes
 
     def _request(self, response, row):
