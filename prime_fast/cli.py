@@ -25,6 +25,7 @@ from prime_fast.config import (
     parse_assignments,
     save_config,
 )
+from prime_fast.progress import progress, say
 from prime_fast.rewards.pool import SANDBOXES
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         if not _is_ours(error):
             raise
-        print(f"prime-fast: {error}", file=sys.stderr)
+        say(f"prime-fast: {error}", sys.stderr)
         return 2
     except RuntimeError as error:
         from prime_fast.engine.distributed import Stop
 
         if not isinstance(error, Stop):
             raise
-        print(f"prime-fast: {error}", file=sys.stderr)
+        say(f"prime-fast: {error}", sys.stderr)
         return 1
 
 
@@ -231,7 +232,7 @@ def _train(options: argparse.Namespace) -> int:
         newest = latest(Path(config.run_dir))
         after = f"continue from {newest} with --resume" if newest else "no checkpoint was written yet"
         if distributed.rank() == 0:
-            print(f"prime-fast: {error}; {after}", file=sys.stderr)
+            say(f"prime-fast: {error}; {after}", sys.stderr)
         return 1
     finally:
         trainer.close()
@@ -278,7 +279,6 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     from prime_fast.data.sources import read
-    from prime_fast.progress import progress
     from prime_fast.rewards import RewardPool
 
     shape, rows = read(options.rows)

@@ -18,6 +18,7 @@ from prime_fast.engine.batch import Batch
 from prime_fast.engine.distributed import Stop
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine, StepResult
+from prime_fast.progress import Tick, progress
 
 T = TypeVar("T")
 MiniBatch = list[list[list[int]]]  # [micro-batch][rank] -> rows of the batch
@@ -94,8 +95,8 @@ def score_at(
         op = partial(prime_kernels.linear_logprob, hidden, weight, targets, bias=bias)
         return [op(temperature=temperature) for temperature in flats]
 
-    for mini in minis:
-        for pack in _packs(batch, mini, engine):
+    for _, packs in _told(f"{engine.role} forward", batch, minis, engine):
+        for pack in packs:
             logprobs = engine.run(pack, partial(heads, targets=pack.targets))
             for flat, logprob in zip(flats.values(), logprobs, strict=True):
                 pack.put(flat, logprob)
@@ -110,10 +111,10 @@ def train_prm(
     scores = flat.new_zeros(len(batch.responses))
     outcome = batch.outcome.to(engine.device)
     losses, steps = [], []
-    for mini in minis:
+    for mini, packs in _told(f"{engine.role} update", batch, minis, engine):
         row_weight = torch.full_like(outcome, distributed.world_size() / len(_rows(mini)))
         total = flat.new_zeros(())
-        for pack in _packs(batch, mini, engine):
+        for pack in packs:
             op = _on(
                 partial(prime_kernels.linear_prm_loss, beta=beta, row_weight=pack.select_rows(row_weight)),
                 pack.targets,
@@ -163,7 +164,7 @@ def train_policy(
     losses, steps = [], []
     measured = torch.zeros(5, dtype=torch.float64, device=engine.device)  # sums over tokens, and their number
     mismatch: dict[str, float] = {}
-    for index, mini in enumerate(minis):
+    for index, (mini, packs) in enumerate(_told(f"{engine.role} update", batch, minis, engine)):
         rows = _rows(mini)
         on_policy = own_first and index == 0
         if config.mean == "token":
@@ -175,7 +176,7 @@ def train_policy(
             token_weight = token_weight * _ratio(old_logprob, sampled, importance_cap)
         total = own.new_zeros(())
         here = torch.zeros_like(measured)  # of this mini-batch
-        for pack in _packs(batch, mini, engine):
+        for pack in packs:
             reference = None if ref_logprob is None else pack.select(ref_logprob)
             op = _on(
                 partial(
@@ -288,10 +289,20 @@ def _tokens_of(rows: list[int], batch: Batch, engine: Engine) -> Tensor:
     return chosen.repeat_interleave(batch.cu_seqlens.diff()).to(engine.device)
 
 
-def _packs(batch: Batch, mini: MiniBatch, engine: Engine) -> Iterator[Pack]:
+def _told(
+    what: str, batch: Batch, minis: list[MiniBatch], engine: Engine
+) -> Iterator[tuple[MiniBatch, Iterator[Pack]]]:
+    """Each mini-batch with its packs of this rank; tells how far the pass has come."""
+    with progress(what, sum(map(len, minis)), "micro-batches") as tick:
+        for mini in minis:
+            yield mini, _packs(batch, mini, engine, tick)
+
+
+def _packs(batch: Batch, mini: MiniBatch, engine: Engine, tick: Tick) -> Iterator[Pack]:
     offsets = batch.cu_seqlens.tolist()
     for ranks in mini:
         yield packing.pack(ranks[distributed.rank()], batch.prompts, batch.responses, offsets).to(engine.device)
+        tick()
 
 
 def _on(op: Callable, *arguments: Tensor | None) -> Callable:

@@ -114,9 +114,10 @@ def progress(
     tick.end()
 
 
-def say(text: str) -> None:
+def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line though a phase may be on the terminal's last one."""
-    print((ERASE if _is_terminal(sys.stdout) else "") + text, flush=True)
+    stream = stream or sys.stdout
+    print((ERASE if _is_terminal(stream) else "") + text, file=stream, flush=True)
 
 
 def thousands(value: float) -> str:

@@ -35,7 +35,7 @@ def terminal():
 @pytest.fixture
 def pipe():
     for stream, text in _connected(*os.pipe()):
-        yield stream, lambda: text().splitlines()
+        yield stream, lambda text=text: text().splitlines()
 
 
 def _connected(reader: int, writer: int):

@@ -70,7 +70,7 @@ class Engine:
         optimizer: OptimizerConfig | None,
         device: torch.device,
     ) -> None:
-        self.device = device
+        self.role, self.device = role, device
         self.trains = optimizer is not None
         self.dtype = training_dtype(model, device)
         settings = deepspeed_config(role, engine, optimizer, self.dtype)
