@@ -336,6 +336,9 @@ def _doctor(options: argparse.Namespace) -> int:
 def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
     """The checkpoint to continue from, or None for a fresh start. Nothing is written yet."""
     run_dir = Path(config.run_dir)
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.exists(path))
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"run_dir={run_dir}: {place} is no directory that can be written to; choose another run_dir")
     if not resume:
         if (run_dir / "config.yaml").exists():
             raise ValueError(f"{run_dir} already holds a run; continue it with --resume, or choose another run_dir")

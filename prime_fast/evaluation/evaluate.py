@@ -24,7 +24,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from prime_fast.config import Config, ModelConfig
+from prime_fast.config import ModelConfig, make_config
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
 from prime_fast.data.rows import load_rows
 from prime_fast.engine import checkpoint, distributed
@@ -189,12 +189,15 @@ def _make_engine(settings: Settings, model: str, problems: list[Problem], tokeni
     rows = [(len(problem.row["prompt_ids"]), problem.max_tokens) for problem in problems if problem.max_tokens]
     response = max((budget for _, budget in rows), default=1)
     both = max((prompt + budget for prompt, budget in rows), default=2)
-    config = Config(
-        run_dir=str(settings.out),
-        model={"policy": model},
-        data={"max_prompt": both - response},
-        rollout={"engine": settings.engine, "vllm": settings.vllm, "batch": settings.batch, "max_response": response},
-        engine={"micro_tokens": both},
+    rollout = {"engine": settings.engine, "vllm": settings.vllm, "batch": settings.batch, "max_response": response}
+    config = make_config(
+        {
+            "run_dir": str(settings.out),
+            "model": {"policy": model},
+            "data": {"max_prompt": both - response},
+            "rollout": rollout,
+            "engine": {"micro_tokens": both},
+        }
     )
     device = distributed.device()
     return make_engine(config, model, eos_ids(model, tokenizer), training_dtype(config.model, device), device)
