@@ -30,11 +30,19 @@ from prime_fast.rewards.pool import SANDBOXES
 
 if TYPE_CHECKING:
     from prime_fast.metrics import MetricsLog
+    from prime_fast.stages.sft import Sft
+    from prime_fast.trainer import Trainer
 
 SCORE_ROWS = 4096  # graded at a time
 OPTION = re.compile(r"-[^\d.]")  # not a negative number
 ASSIGNMENT = re.compile(r"[\w.]+=")
-RESUMABLE_CHANGES = {"steps", "run_dir", "log", "engine"}  # what may differ from the first start of a run
+RESUMABLE_CHANGES = (
+    "steps",
+    "run_dir",
+    "log.",
+    "engine.",
+    "sft.steps",
+)  # what may differ from the first start of a run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sft = commands.add_parser("sft", help="supervised warm start on worked solutions; writes RUN_DIR/model")
     _takes_config(sft)
+    sft.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
     sft.set_defaults(run=_sft)
 
     _add_eval(commands.add_parser("eval", help="accuracy on files of rows, with intervals; best-of-n with a PRM"))
@@ -220,44 +229,63 @@ def _train(options: argparse.Namespace) -> int:
 
     from prime_fast import preflight
     from prime_fast.engine import distributed, zero
-    from prime_fast.engine.checkpoint import best, latest
+    from prime_fast.engine.checkpoint import latest
     from prime_fast.trainer import Trainer
 
     device = zero.start()
     trainer = Trainer(config, device, preflight.load_inputs(config))
+    if not _finishes(trainer, config, newest, config.steps):
+        return 1
+    if distributed.rank() == 0:
+        _report(argparse.Namespace(runs=[config.run_dir], out=None))
+        print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
+        _name_the_best(config, "held-out accuracy")
+    return 0
+
+
+def _sft(options: argparse.Namespace) -> int:
+    config = _config(options)
+    if not config.sft.data:
+        raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
+    newest = _prepare_run_dir(config, options.resume)
+
+    from prime_fast.engine import distributed, zero
+    from prime_fast.stages.sft import Sft
+
+    trainer = Sft(config, zero.start())
+    if not _finishes(trainer, config, newest, config.sft.steps):
+        return 1
+    if distributed.rank() == 0:
+        print(f"wrote {trainer.directory}")
+        _name_the_best(config, "validation loss")
+    return 0
+
+
+def _finishes(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int) -> bool:
+    """Run all of it, from the checkpoint `newest` on; whether it came to its end, or was stopped with a checkpoint."""
+    from prime_fast.engine import distributed
+    from prime_fast.engine.checkpoint import latest
+
     try:
         first = trainer.restore(newest) if newest else 1
-        trainer.run(_open_run(config, resume_step=first - 1), first)
+        trainer.run(_open_run(config, first - 1, steps), first)
     except distributed.Stop as error:
         newest = latest(Path(config.run_dir))
         after = f"continue from {newest} with --resume" if newest else "no checkpoint was written yet"
         if distributed.rank() == 0:
             say(f"prime-fast: {error}; {after}", sys.stderr)
-        return 1
+        return False
     finally:
         trainer.close()
-    if distributed.rank() == 0:
-        _report(argparse.Namespace(runs=[config.run_dir], out=None))
-        newest, top = latest(Path(config.run_dir)), best(Path(config.run_dir))
-        print(f"model: {newest / 'policy'}")
-        if top not in (None, newest):
-            print(f"the best by its held-out accuracy: {top / 'policy'}")
-    return 0
+    return True
 
 
-def _sft(options: argparse.Namespace) -> None:
-    config = _config(options)
-    if not config.sft.data:
-        raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
-    _prepare_run_dir(config, resume=False)
+def _name_the_best(config: Config, measure: str) -> None:
+    from prime_fast.engine.checkpoint import best, latest
 
-    from prime_fast.engine import distributed, zero
-    from prime_fast.stages.sft import sft
-
-    device = zero.start()
-    directory = sft(config, device, _open_run(config, resume_step=0, total_steps=config.sft.steps))
-    if distributed.rank() == 0:
-        print(f"wrote {directory}")
+    top = best(Path(config.run_dir))
+    if top not in (None, latest(Path(config.run_dir))):
+        print(f"the best by its {measure}: {top / 'policy'}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -355,7 +383,7 @@ def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
             )
         before = _flatten(load_config(run_dir / "config.yaml").model_dump())
         now = _flatten(config.model_dump())
-        changed = [key for key in now if now[key] != before.get(key) and key.split(".")[0] not in RESUMABLE_CHANGES]
+        changed = [key for key in now if now[key] != before.get(key) and not key.startswith(RESUMABLE_CHANGES)]
         if changed:
             raise ValueError(
                 f"--resume continues the same run, but {changed[0]} was {before.get(changed[0])!r} and is "
@@ -364,7 +392,7 @@ def _prepare_run_dir(config: Config, resume: bool) -> Path | None:
     return newest
 
 
-def _open_run(config: Config, resume_step: int, total_steps: int | None = None) -> MetricsLog | None:
+def _open_run(config: Config, resume_step: int, steps: int) -> MetricsLog | None:
     """Write the resolved config and open the metrics; rank 0 only."""
     from prime_fast.engine import distributed
     from prime_fast.metrics import MetricsLog
@@ -373,7 +401,7 @@ def _open_run(config: Config, resume_step: int, total_steps: int | None = None) 
         return None
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     save_config(config, Path(config.run_dir) / "config.yaml")
-    return MetricsLog(config.run_dir, total_steps or config.steps, config.log.tensorboard, resume_step or None)
+    return MetricsLog(config.run_dir, steps, config.log.tensorboard, resume_step or None)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

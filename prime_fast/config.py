@@ -186,9 +186,12 @@ class PrmConfig(OptimizerConfig):
     grad_clip: Rate = 10.0
 
 
-class SftConfig(Section):  # weight decay and clipping are the policy's
+class SftConfig(OptimizerConfig):
     data: Paths = []
-    lr: Rate = 1e-5  # constant after a linear warm-up over the first 5% of the steps
+    eval: Paths = []  # held-out solutions for the validation loss; of all files together at most data.eval_rows
+    lr: Rate = 1e-5
+    weight_decay: Rate = 0.01
+    warmup: Share = 0.05
     mini_batch: Positive = 96
     steps: Positive = 100
     response: Answer = "{solution}"  # or {reasoning} (the solution without its last `#### x` line), {ground_truth}

@@ -145,6 +145,8 @@ class MetricsLog:
         for name, label in (("policy", "applied"), ("prm", "prm applied")):
             if record.get(f"{name}_applied") != record.get(f"{name}_updates"):
                 parts.append(f"{label} {record[f'{name}_applied']} of {record[f'{name}_updates']}")
+        if record.get("eval_loss") is not None:
+            parts.append(f"eval loss {record['eval_loss']:.4f}")
         if record.get("skipped"):
             parts.append(f"skipped {record['skipped']}")
         line = "  ".join(parts)

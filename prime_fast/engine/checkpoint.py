@@ -87,12 +87,17 @@ def find(path: Path) -> Path | None:
     return _named_by(path) if path.name in (BEST, LATEST) else latest(path)
 
 
-def load(directory: Path, engines: dict[str, Engine]) -> dict[str, Any]:
-    """Restore the engines and return the trainer's state. Raises ValueError at another world size."""
+def load(directory: Path, engines: dict[str, Engine], stage: str = "train") -> dict[str, Any]:
+    """Restore the engines and return the trainer's state. Raises ValueError at another world size, or if another stage
+    of training (`stage` in the state) wrote it."""
     path = directory / "state" / "trainer.pt"
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint of this trainer: {path.name} is missing")
     state = torch.load(path, weights_only=True)
+    if (other := state.get("stage", "train")) != stage:
+        raise ValueError(
+            f"{directory} is of a run of `prime-fast {other}`; continue it with that command, or choose another run_dir"
+        )
     if state["world_size"] != distributed.world_size():
         raise ValueError(
             f"{directory} was written by {state['world_size']} ranks and this is a run of {distributed.world_size()}; "
