@@ -26,7 +26,7 @@ ERASE = "\r\x1b[K"
 
 
 class Tick:
-    """Called after each piece of work: `tick()`, `tick(3)`; `tick(0, total=9)` where more work has turned up.
+    """Called after each piece of work: `tick()`, `tick(3)`; `tick(0, more=9)` where more work has turned up.
 
     tokens: generated in these pieces; the line then has their rate. note: words at its end, until the next ones.
     """
@@ -44,11 +44,11 @@ class Tick:
         quiet = 0.0 if at_once or self.on_terminal else QUIET_SECONDS
         self.next = self.start + quiet if speaks else math.inf
 
-    def __call__(self, pieces: int = 1, *, total: int | None = None, tokens: int = 0, note: str | None = None) -> None:
+    def __call__(self, pieces: int = 1, *, more: int = 0, tokens: int = 0, note: str | None = None) -> None:
         self.done += pieces
         self.tokens += tokens
-        if total is not None:
-            self.total, self.predictable = total, False
+        if more:
+            self.total, self.predictable = (self.total or 0) + more, False
         if note is not None:
             self.note = note
         if (now := self.clock()) >= self.next:
@@ -67,8 +67,8 @@ class Tick:
     def line(self, now: float) -> str:
         seconds = now - self.start
         parts = [self.what]
-        if self.total is not None or self.done:
-            count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
+        if self.total or self.done:
+            count = f"{self.done}/{self.total}" if self.total else f"{self.done}"
             parts[0] += f" {count} {self.unit}".rstrip()
         if self.tokens and seconds > 0:
             parts.append(f"{thousands(self.tokens / seconds)} tok/s")

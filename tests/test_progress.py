@@ -116,9 +116,9 @@ def test_a_long_phase_says_a_line_a_minute_into_a_log(pipe, clock):
 def test_a_total_that_grows_predicts_nothing(pipe, clock):
     stream, lines = pipe
     with pytest.raises(KeyError), progress("rollouts", unit="groups", stream=stream, clock=clock) as tick:
-        tick(0, total=8)
+        tick(0, more=8)
         clock.now += 20
-        tick(2, total=9, tokens=4000)
+        tick(2, more=1, tokens=4000)
         clock.now += LINE_SECONDS
         raise KeyError
     assert lines() == ["rollouts 2/9 groups  200 tok/s  20s"]  # and nothing of an end that it did not reach
