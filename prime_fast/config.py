@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import difflib
-import json
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prime_fast import yaml_text
-
-LARGEST = (1 << 31) - 1  # of a count
-DAY = 86400.0  # seconds
-ANSWERS = ("solution", "reasoning", "ground_truth")  # what sft.response may name
-_repr = reprlib.Repr()  # short, however large or nested a value is
-_repr.maxstring = _repr.maxother = 80
+from prime_fast.values import (
+    DAY,
+    Answer,
+    Arguments,
+    Discount,
+    Name,
+    NotNegative,
+    Number,
+    Paths,
+    Positive,
+    Rate,
+    Share,
+    VllmArguments,
+    check_name,
+    describe,
+    key_of,
+    shortened,
+)
 
 
 class Section(BaseModel):
@@ -38,69 +38,6 @@ class Section(BaseModel):
     def empty(cls, value: Any) -> Any:
         """`policy:` with nothing below it is a section without keys."""
         return {} if value is None else value
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
-    return value
-
-
-def _name(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError("control characters cannot be part of a path or name")
-    if len(value.encode()) > 4095 or max(len(part.encode()) for part in value.split("/")) > 255:
-        raise ValueError("no path or name is that long")
-    return value
-
-
-def _plain(value: dict) -> dict:
-    """Raises ValueError unless it is JSON as others read it: no nan, no infinity, whole characters."""
-    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-    return value
-
-
-def _answer(template: str) -> str:
-    template.encode()
-    for _, name, specification, conversion in Formatter().parse(template):
-        if name is not None and (name not in ANSWERS or specification or conversion):
-            raise ValueError(
-                f"only {{{'}, {'.join(ANSWERS)}}} can be filled in, and braces meant literally are doubled"
-            )
-    return template
-
-
-Number = BeforeValidator(_no_bool)
-NotNegative = Annotated[int, Number, Field(ge=0, le=LARGEST)]
-Positive = Annotated[int, Number, Field(gt=0, le=LARGEST)]
-Rate = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
-Discount = Share = Annotated[float, Number, Field(ge=0, le=1)]
-Name = Annotated[str, Field(min_length=1), AfterValidator(_name)]
-Paths = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain)]
-Answer = Annotated[str, AfterValidator(_answer)]
-
-
-class OwnVllmOptions(BaseModel):
-    """Those of rollout.vllm that we read ourselves; the others are for vLLM to judge. Only the types count here."""
-
-    gpus: list[NotNegative] | None = None
-    sleep_level: Literal[0, 1, 2] = 2
-    bucket_mib: Positive = 1
-    tensor_parallel_size: Annotated[int, Number, Field(gt=0, le=1024)] = 1
-    gpu_memory_utilization: Annotated[float, Number, Field(gt=0, le=1)] = 0.9
-    kv_cache_memory_bytes: Annotated[int, Number, Field(gt=0, lt=1 << 63)] | None = None
-
-
-def _vllm(value: dict) -> dict:
-    try:
-        OwnVllmOptions.model_validate(value)
-    except ValidationError as error:
-        raise ValueError(_explain(error)) from error
-    return value
-
-
-VllmArguments = Annotated[Arguments, AfterValidator(_vllm)]
 
 
 class ModelConfig(Section):
@@ -304,7 +241,7 @@ def make_config(tree: dict, where: str = "") -> Config:
 def _read(path: str | Path) -> dict:
     example = "give the path of a YAML file such as configs/quickstart.yaml"
     try:
-        text = Path(_name(str(path))).read_text("utf-8")
+        text = Path(check_name(str(path))).read_text("utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"config file {path} does not exist; {example}") from error
     except UnicodeDecodeError as error:
@@ -326,11 +263,11 @@ def parse_assignments(words: Iterable[str]) -> dict[str, object]:
     for word in words:
         key, separator, value = word.partition("=")
         if not separator:
-            raise ValueError(f"override {_repr.repr(word)} is not of the form key=value")
+            raise ValueError(f"override {shortened(word)} is not of the form key=value")
         try:
             assignments[key] = yaml_text.read(value)
         except ValueError as error:
-            raise ValueError(f"override {_repr.repr(word)}: its value {error}") from error
+            raise ValueError(f"override {shortened(word)}: its value {error}") from error
     return assignments
 
 
@@ -353,8 +290,7 @@ def _set(tree: dict, dotted: str, value: object) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    key = key if key.isprintable() and len(key) < 80 else _repr.repr(key)
+    key = key_of(first)
     if first["type"] == "extra_forbidden":
         keys = known_keys()
         leaf = {name.rsplit(".", 1)[-1]: name for name in keys}
@@ -365,7 +301,4 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key}; {hint}"
     if first["type"] == "missing":
         return f"key {key} is required and missing"
-    if not key:
-        return str(first["ctx"]["error"])
-    message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    return f"{key}={_repr.repr(first['input'])}: {message[0].lower() + message[1:]}"
+    return describe(first) if key else str(first["ctx"]["error"])
