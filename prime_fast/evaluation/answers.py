@@ -81,7 +81,7 @@ def generate(
                 mean = f"outcome {sum(outcomes) / len(outcomes):.3f}" if outcomes else ""
                 tick(len(records), tokens=sum(len(s.tokens) for _, group in finished for s in group), note=mean)
         if todo:
-            console.print(f"{draw.name:8} {todo} {unit}  {mean}  {time.perf_counter() - start:.0f} s")
+            console.print(f"{draw.name:8} {todo}/{todo} {unit}  {mean}  {time.perf_counter() - start:.0f} s")
 
     return outputs.write(path, batches())
 
