@@ -53,11 +53,18 @@ class PolicyPass(NamedTuple):
     mismatch: dict[str, float]  # of the rollout engine and the trainer before the update; see _mismatch
 
 
-def split(batch: Batch, mini_batch: int, micro_tokens: int, shuffle: torch.Generator | None = None) -> list[MiniBatch]:
+def split(
+    batch: Batch,
+    mini_batch: int,
+    micro_tokens: int,
+    shuffle: torch.Generator | None = None,
+    *,
+    attention: float = 0.0,
+) -> list[MiniBatch]:
     """Cut the rows into optimizer steps of about `mini_batch` rows, nearly equal in size, and plan each one's packs.
 
     Equal parts, because a small rest would make a noisy step of the same size as the others. Without `shuffle` a part
-    is made of whole groups, in their order.
+    is made of whole groups, in their order. attention: of the model, see packing.work.
     """
     count = len(batch.responses)
     if shuffle is None:
@@ -68,14 +75,14 @@ def split(batch: Batch, mini_batch: int, micro_tokens: int, shuffle: torch.Gener
     lengths = batch.lengths
     minis = []
     for rows in parts:
-        micros = packing.plan([lengths[row] for row in rows], micro_tokens, distributed.world_size())
+        micros = packing.plan([lengths[row] for row in rows], micro_tokens, distributed.world_size(), attention)
         minis.append([[[rows[i] for i in share] for share in ranks] for ranks in micros])
     return minis
 
 
-def efficiency(batch: Batch, minis: list[MiniBatch]) -> float:
-    """Real tokens over token slots of all passes that follow this plan; see packing.efficiency."""
-    return packing.efficiency([micro for mini in minis for micro in mini], batch.lengths)
+def efficiency(batch: Batch, minis: list[MiniBatch], attention: float = 0.0) -> float:
+    """Work done over work that the time allows, of all passes that follow this plan; see packing.efficiency."""
+    return packing.efficiency([micro for mini in minis for micro in mini], batch.lengths, attention)
 
 
 def score(engine: Engine, batch: Batch, minis: list[MiniBatch], temperature: float = 1.0) -> Tensor:
