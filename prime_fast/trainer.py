@@ -115,12 +115,14 @@ class Trainer:
         """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so."""
         config, phases = self.config, self.phases
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        budget, attention = config.engine.micro_tokens, self.policy.attention
         epochs = [
-            passes.split(batch, config.policy.mini_batch, config.engine.micro_tokens, shuffle)
+            passes.split(batch, config.policy.mini_batch, budget, shuffle, attention=attention)
             for _ in range(config.policy.epochs)
         ]
-        prm_minis = passes.split(batch, config.prm.mini_batch, config.engine.micro_tokens)
-        self.record |= {"rows": len(batch.responses), "packing_efficiency": passes.efficiency(batch, epochs[0])}
+        prm_minis = passes.split(batch, config.prm.mini_batch, budget, attention=attention)
+        efficiency = passes.efficiency(batch, epochs[0], attention)
+        self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}
         temperature = config.rollout.temperature
 
         with phases("reference"):

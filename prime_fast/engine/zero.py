@@ -83,6 +83,7 @@ class Engine:
         if model.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # its name until transformers 6
         module = PackedLM(lm)
+        self.attention = attention_share(lm)
         for parameter in module.parameters():
             parameter.requires_grad_(self.trains)
         adam = None
@@ -162,6 +163,15 @@ class Engine:
         loaded, _ = self.deepspeed.load_checkpoint(str(directory), tag="state")
         if loaded is None:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint; choose an intact checkpoint or start anew")
+
+
+def attention_share(lm: PreTrainedModel) -> float:
+    """What attention costs beside matrix products, for packing.work; every layer is taken to look back without end."""
+    embeddings = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
+    products = sum(p.ds_numel for p in lm.parameters() if id(p) not in embeddings)
+    config = lm.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head * config.num_hidden_layers / products
 
 
 def load_sharded(path: str, dtype: torch.dtype, settings: dict) -> PreTrainedModel:
