@@ -164,7 +164,7 @@ def _packs(
     """This rank's share of all ranks' rows."""
     offsets = [0, *accumulate(map(len, responses))]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
-    micros = packing.plan(lengths, micro_tokens, distributed.world_size())
+    micros = packing.plan(lengths, micro_tokens, distributed.world_size(), engine.attention)
     with progress(what, len(micros), "micro-batches") as tick:
         for ranks in micros:
             yield packing.pack(ranks[distributed.rank()], prompts, responses, offsets).to(engine.device)
