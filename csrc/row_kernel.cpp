@@ -22,8 +22,10 @@ struct Gradient {
     const float* advantage;
     const float* token_weight;
     const float* old_logprob;  // null on-policy
-    const float* ref_logprob;  // null without a KL term
-    float low, high;           // the clip's bounds of the ratio
+    const float* ref_logprob;       // null without a KL term
+    const float* sampling_logprob;  // null without importance weights from this forward
+    float importance_cap;
+    float low, high;  // the clip's bounds of the ratio
     float entropy_coef, kl_coef, max_log_ratio;
 };
 
@@ -190,7 +192,11 @@ void one_row(float* z, int64_t size, int64_t i, int64_t target, const Head& head
     if (!gradient) return;
     double g = gradient->dlogprob ? gradient->dlogprob[i] : 1, h = gradient->dentropy ? gradient->dentropy[i] : 0;
     if (gradient->advantage) {
-        const double scale = gradient->token_weight[i];
+        double scale = gradient->token_weight[i];
+        if (gradient->sampling_logprob) {
+            const double limit = gradient->max_log_ratio, ratio = double(logprob[i]) - gradient->sampling_logprob[i];
+            scale *= std::min(std::exp(std::clamp(ratio, -limit, limit)), double(gradient->importance_cap));
+        }
         // from the float that is returned, so that equal log-probs make a ratio of exactly 1
         g = scale * policy_gradient(*gradient, i, logprob[i]);
         h = -gradient->entropy_coef * scale;
@@ -209,16 +215,18 @@ T* at(Address address) {
 void row_kernel(Address logits, int64_t rows, int64_t vocabulary, Address targets, Address logprob, Address entropy,
                 Address bias, float temperature, float softcap, bool differentiated, Address dlogprob,
                 Address dentropy, Address advantage, Address token_weight, Address old_logprob, Address ref_logprob,
-                float low, float high, float entropy_coef, float kl_coef, float max_log_ratio, int threads) {
+                Address sampling_logprob, float importance_cap, float low, float high, float entropy_coef, float kl_coef, float max_log_ratio, int threads) {
     const int64_t* target = at<int64_t>(targets);
     for (int64_t i = 0; i < rows; ++i)
         if (target[i] < 0 || target[i] >= vocabulary)
             throw pybind11::value_error("targets holds " + std::to_string(target[i]) + ", needs 0 <= id < " +
                                         std::to_string(vocabulary) + ": pass token ids");
     const Head head{at<float>(bias), temperature, softcap};
-    const Gradient gradient{at<float>(dlogprob),    at<float>(dentropy),    at<float>(advantage), at<float>(token_weight),
-                            at<float>(old_logprob), at<float>(ref_logprob), low,                  high,
-                            entropy_coef,           kl_coef,                max_log_ratio};
+    const Gradient gradient{at<float>(dlogprob),         at<float>(dentropy),    at<float>(advantage),
+                            at<float>(token_weight),     at<float>(old_logprob), at<float>(ref_logprob),
+                            at<float>(sampling_logprob), importance_cap,         low,
+                            high,                        entropy_coef,           kl_coef,
+                            max_log_ratio};
     pybind11::gil_scoped_release unlocked;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < rows; ++i)

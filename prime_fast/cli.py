@@ -27,10 +27,13 @@ from prime_fast.config import (
     save_config,
 )
 from prime_fast.data.shapes import WHERE
+from prime_fast.progress import progress, say
 from prime_fast.rewards.pool import SANDBOXES
 
 if TYPE_CHECKING:
     from prime_fast.metrics import MetricsLog
+    from prime_fast.stages.sft import Sft
+    from prime_fast.trainer import Trainer
 
 T = TypeVar("T")
 SCORE_ROWS = 4096  # graded at a time
@@ -46,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         if not _is_ours(error):
             raise
-        print(f"prime-fast: {error}", file=sys.stderr)
+        say(f"prime-fast: {error}", sys.stderr)
         return 2
     except RuntimeError as error:
         from prime_fast.engine.distributed import Stop
 
         if not isinstance(error, Stop):
             raise
-        print(f"prime-fast: {error}", file=sys.stderr)
+        say(f"prime-fast: {error}", sys.stderr)
         return 1
 
 
@@ -118,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sft = commands.add_parser("sft", help="supervised warm start on worked solutions; writes RUN_DIR/model")
     _takes_config(sft)
+    sft.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
     sft.set_defaults(run=_sft)
 
     _add_eval(commands.add_parser("eval", help="accuracy on files of rows, with intervals; best-of-n with a PRM"))
@@ -138,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="run_dir, checkpoint, model directory or hub id")
+    command.add_argument("model", metavar="MODEL", help="run_dir, RUN_DIR/checkpoints/best, model directory or hub id")
     command.add_argument("--data", nargs="+", required=True, metavar="ROWS", help="files of rows, one benchmark each")
     command.add_argument("--out", help="directory of the results (default: runs/eval/ and the model's name)")
     engines = get_args(RolloutConfig.model_fields["engine"].annotation)
@@ -246,21 +250,50 @@ def _train(options: argparse.Namespace) -> int:
     inputs = _together(lambda: preflight.load_inputs(config))
     known, renewed = distributed.gather_lists([_together(check)])[0]
     trainer = Trainer(config, device, replace(inputs, identity=known))
+    if not _finishes(trainer, config, newest, config.steps, renewed):
+        return 1
+    if distributed.rank() == 0:
+        _report(argparse.Namespace(runs=[config.run_dir], out=None))
+        print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
+        _name_the_best(config, "held-out accuracy")
+    return 0
+
+
+def _sft(options: argparse.Namespace) -> int:
+    config = _config(options)
+    if not config.sft.data:
+        raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
+    newest = _prepare_run_dir(config, options.resume)
+
+    from prime_fast.engine import distributed, zero
+    from prime_fast.stages.sft import Sft
+
+    trainer = Sft(config, zero.start())
+    if not _finishes(trainer, config, newest, config.sft.steps):
+        return 1
+    if distributed.rank() == 0:
+        print(f"wrote {trainer.directory}")
+        _name_the_best(config, "validation loss")
+    return 0
+
+
+def _finishes(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int, *renewed: set[str]) -> bool:
+    """Run all of it, from the checkpoint `newest` on; whether it came to its end, or was stopped with a checkpoint."""
+    from prime_fast.engine import distributed
+    from prime_fast.engine.checkpoint import latest
+
     try:
-        first = trainer.restore(newest, renewed) if newest else 1
-        trainer.run(_open_run(config, resume_step=first - 1), first)
+        first = trainer.restore(newest, *renewed) if newest else 1
+        trainer.run(_open_run(config, first - 1, steps), first)
     except distributed.Stop as error:
         newest = latest(Path(config.run_dir))
         after = f"continue from {newest} with --resume" if newest else "no checkpoint was written yet"
         if distributed.rank() == 0:
-            print(f"prime-fast: {error}; {after}", file=sys.stderr)
-        return 1
+            say(f"prime-fast: {error}; {after}", sys.stderr)
+        return False
     finally:
         trainer.close()
-    if distributed.rank() == 0:
-        _report(argparse.Namespace(runs=[config.run_dir], out=None))
-        print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
-    return 0
+    return True
 
 
 def _together(work: Callable[[], T]) -> T:
@@ -280,19 +313,12 @@ def _together(work: Callable[[], T]) -> T:
     return result
 
 
-def _sft(options: argparse.Namespace) -> None:
-    config = _config(options)
-    if not config.sft.data:
-        raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
-    _prepare_run_dir(config, resume=False)
+def _name_the_best(config: Config, measure: str) -> None:
+    from prime_fast.engine.checkpoint import best, latest
 
-    from prime_fast.engine import distributed, zero
-    from prime_fast.stages.sft import sft
-
-    device = zero.start()
-    directory = sft(config, device, _open_run(config, resume_step=0, total_steps=config.sft.steps))
-    if distributed.rank() == 0:
-        print(f"wrote {directory}")
+    top = best(Path(config.run_dir))
+    if top not in (None, latest(Path(config.run_dir))):
+        print(f"the best by its {measure}: {top / 'policy'}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -319,11 +345,13 @@ def _score(options: argparse.Namespace) -> None:
     shape, rows = read(options.rows)
     pairs = _answered(rows, options.rows, options.responses)
     outcomes, start = [], time.perf_counter()
-    with RewardPool(options.reward, options.workers, options.timeout, options.sandbox) as pool:
+    with (
+        RewardPool(options.reward, options.workers, options.timeout, options.sandbox) as pool,
+        progress("scoring", unit="responses") as tick,
+    ):
         while part := list(islice(pairs, SCORE_ROWS)):
-            outcomes += pool.score(
-                [text for _, texts in part for text in texts], [r for r, texts in part for _ in texts]
-            )
+            texts, owners = [text for _, texts in part for text in texts], [r for r, texts in part for _ in texts]
+            outcomes += pool.score(texts, owners, tick)
         counts = ", ".join(f"{count} {name}" for name, count in pool.counts.items())
     if not outcomes:
         raise ValueError(f"{options.responses} holds no responses")
@@ -366,18 +394,22 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options.run_dir, options.quick, options.json)
 
 
-def _prepare_run_dir(config: Config, resume: bool, accepted: Collection[str] = ()) -> Path | None:
+def _prepare_run_dir(config: Config, resume: bool, accepted: Collection[str] | None = None) -> Path | None:
     """The checkpoint to continue from, or None for a fresh start. Nothing is written yet."""
+    run_dir = Path(config.run_dir)
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.exists(path))
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"run_dir={run_dir}: {place} is no directory that can be written to; choose another run_dir")
     if resume:
         from prime_fast.resume import newest
 
         return newest(config, accepted)
-    if (Path(config.run_dir) / "config.yaml").exists():
-        raise ValueError(f"{config.run_dir} already holds a run; continue it with --resume, or choose another run_dir")
+    if (run_dir / "config.yaml").exists():
+        raise ValueError(f"{run_dir} already holds a run; continue it with --resume, or choose another run_dir")
     return None
 
 
-def _open_run(config: Config, resume_step: int, total_steps: int | None = None) -> MetricsLog | None:
+def _open_run(config: Config, resume_step: int, steps: int) -> MetricsLog | None:
     """Write the resolved config and open the metrics; rank 0 only."""
     from prime_fast.engine import distributed
     from prime_fast.metrics import MetricsLog
@@ -386,4 +418,4 @@ def _open_run(config: Config, resume_step: int, total_steps: int | None = None) 
         return None
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     save_config(config, Path(config.run_dir) / "config.yaml")
-    return MetricsLog(config.run_dir, total_steps or config.steps, config.log.tensorboard, resume_step or None)
+    return MetricsLog(config.run_dir, steps, config.log.tensorboard, resume_step or None)

@@ -7,24 +7,43 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prime_fast import yaml_text
+from prime_fast.values import (
+    DAY,
+    Answer,
+    Arguments,
+    Discount,
+    Name,
+    NotNegative,
+    Number,
+    Paths,
+    Positive,
+    Rate,
+    Share,
+    VllmArguments,
+    check_name,
+    describe,
+    key_of,
+    shortened,
+)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(ge=0)]
-Discount = Share = Annotated[float, Field(ge=0, le=1)]
-Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    @model_validator(mode="before")
+    @classmethod
+    def empty(cls, value: Any) -> Any:
+        """`policy:` with nothing below it is a section without keys."""
+        return {} if value is None else value
 
 
 class ModelConfig(Section):
-    policy: str  # HF directory or hub id; policy, PRM and reference all start here unless told otherwise
-    prm: str | None = None
-    reference: str | None = None
+    policy: Name  # HF directory or hub id; policy, PRM and reference all start here unless told otherwise
+    prm: Name | None = None
+    reference: Name | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward; auto = bfloat16 on a GPU, float32 on CPU
     gradient_checkpointing: bool = False
 
@@ -38,30 +57,32 @@ class DataConfig(Section):
     # chat: the tokenizer's chat template | raw: prompts as they stand | auto: raw for texts in `prompt` and for
     # tokenizers without a chat template, else chat
     template: Literal["auto", "raw", "chat"] = "auto"
-    template_args: dict[str, Any] = {}  # of the chat template, e.g. {enable_thinking: false}
+    template_args: Arguments = {}  # of the chat template, e.g. {enable_thinking: false}
 
 
 class RolloutConfig(Section):
     engine: Literal["hf", "vllm"] = "hf"
     # arguments of vllm.LLM, and ours: gpus (for engines alone), sleep_level (2; 1 keeps the weights), bucket_mib (sync)
-    vllm: dict[str, Any] = {}
+    vllm: VllmArguments = {}
     prompts: Positive = 256  # groups trained on per step
     samples: Positive = 4  # K, responses per prompt
     max_response: Positive = 3072  # tokens, EOS included
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Number, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
     batch: Positive = 256  # sequences decoded together by one engine
     max_rounds: Positive = 8  # at most this many times `prompts` prompts are started to fill a step
-    keep: tuple[float, float] = (0.2, 0.8)  # groups whose mean outcome lies in this closed interval train
-    patience: Annotated[int, Field(ge=0)] = 3  # steps in a row without one, after which the run ends; 0 = never
+    keep: tuple[Share, Share] = (0.2, 0.8)  # groups whose mean outcome lies in this closed interval train
+    patience: NotNegative = 3  # steps in a row without one, after which the run ends; 0 = never
     # from a pass of their own | the update's own forward where that is the old policy | the engine
     old_logprobs: Literal["recompute", "update", "engine"] = "update"
     importance_cap: Rate = 2.0  # weight of a token: min(trainer / engine probability, cap); 0 = 1; unused with "engine"
 
 
 class RewardConfig(Section):
-    function: str = "auto"  # math, code, auto (by the row's ability), path/to/file.py:name or package.module:name
+    function: Name = "auto"  # math, code, auto (by the row's ability), path/to/file.py:name or package.module:name
     sandbox: Literal["namespaces", "rlimits-only"] = "namespaces"  # of model-written code
-    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds a response, from the moment its grading starts
+    timeout: Annotated[float, Number, Field(gt=0, le=DAY)] = (
+        10.0  # seconds a response, from the moment its grading starts
+    )
     # share of a step's responses without a verdict (errors, crashes, timeouts; not programs that were stopped in their
     # sandbox, which keep what they reached) above which the run stops
     max_failures: Share = 0.5
@@ -70,7 +91,7 @@ class RewardConfig(Section):
 class PrimeConfig(Section):
     update: Literal["after", "before", "none"] = "after"
     reference: Literal["sft", "policy"] = "sft"
-    beta: Annotated[float, Field(gt=0)] = 0.05
+    beta: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 0.05
     granularity: Literal["token", "whole"] = "token"  # whole: a row's process reward comes with its last token
     estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
     form: Literal["run", "paper"] = "run"
@@ -105,12 +126,15 @@ class PrmConfig(OptimizerConfig):
     grad_clip: Rate = 10.0
 
 
-class SftConfig(Section):  # weight decay and clipping are the policy's
+class SftConfig(OptimizerConfig):
     data: Paths = []
-    lr: Rate = 1e-5  # constant after a linear warm-up over the first 5% of the steps
+    eval: Paths = []  # held-out solutions for the validation loss; of all files together at most data.eval_rows
+    lr: Rate = 1e-5
+    weight_decay: Rate = 0.01
+    warmup: Share = 0.05
     mini_batch: Positive = 96
     steps: Positive = 100
-    response: str = "{solution}"  # or {reasoning} (the solution without its last `#### x` line), {ground_truth}
+    response: Answer = "{solution}"  # or {reasoning} (the solution without its last `#### x` line), {ground_truth}
 
 
 class EngineConfig(Section):
@@ -119,15 +143,16 @@ class EngineConfig(Section):
 
 
 class LogConfig(Section):
-    eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0 = never
-    checkpoint_every: Annotated[int, Field(ge=0)] = 50  # steps; 0 = only at the end
+    eval_every: NotNegative = 10  # steps; 0 = never
+    checkpoint_every: NotNegative = 50  # steps; 0 = only at the end
+    keep: Positive = 2  # newest checkpoints; the best of those made at an evaluated step is kept besides
     tensorboard: bool = False
 
 
 class Config(Section):
-    run_dir: str
+    run_dir: Name
     steps: Positive = 100
-    seed: int = 0
+    seed: Annotated[int, Number, Field(ge=0, lt=1 << 32)] = 0
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -138,6 +163,10 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.data.eval) and self.log.eval_every > 0
 
     @property
     def uses_prm(self) -> bool:
@@ -177,7 +206,7 @@ class Config(Section):
                 f"rollout.max_response = {longest} tokens; raise engine.micro_tokens"
             )
         low, high = self.rollout.keep
-        if not 0 <= low <= high <= 1:
+        if low > high:
             raise ValueError(f"rollout.keep={[low, high]} must satisfy 0 <= low <= high <= 1")
         return self
 
@@ -198,23 +227,37 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises ValueError with one sentence that names the key, what it got and the fix (the nearest key for a typo).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"config file {path} must hold a mapping of keys, got {type(tree).__name__}")
+    tree = _read(path)
     for key, value in parse_assignments(overrides).items():
         _set(tree, key, value)
+    return make_config(tree, f"{path}: ")
+
+
+def make_config(tree: dict, where: str = "") -> Config:
+    """The tree validated; ValueError with one sentence, which begins with `where`."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_explain(error)}") from error
+        raise ValueError(f"{where}{_explain(error)}") from error
+
+
+def _read(path: str | Path) -> dict:
+    example = "give the path of a YAML file such as configs/quickstart.yaml"
+    try:
+        text = Path(check_name(str(path))).read_text("utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"config file {path} does not exist; {example}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config file {path} is not text in UTF-8; {example}") from error
+    except OSError as error:  # a directory, no permission, ...
+        raise ValueError(f"config file {path} cannot be read ({error.strerror}); {example}") from error
+    try:
+        tree = yaml_text.read(text)
+    except ValueError as error:
+        raise ValueError(f"config file {path} {error}") from error
+    if not isinstance(tree, dict | None):
+        raise ValueError(f"config file {path} must hold a mapping of keys, got {type(tree).__name__}")
+    return tree or {}
 
 
 def parse_assignments(words: Iterable[str]) -> dict[str, object]:
@@ -223,37 +266,34 @@ def parse_assignments(words: Iterable[str]) -> dict[str, object]:
     for word in words:
         key, separator, value = word.partition("=")
         if not separator:
-            raise ValueError(f"override {word!r} is not of the form key=value")
-        assignments[key] = _parse_value(value)
+            raise ValueError(f"override {shortened(word)} is not of the form key=value")
+        try:
+            assignments[key] = yaml_text.read(value)
+        except ValueError as error:
+            raise ValueError(f"override {shortened(word)}: its value {error}") from error
     return assignments
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-
-def _parse_value(text: str) -> object:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 (no dot) as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    Path(path).write_text(yaml_text.write(config.model_dump(mode="json")), "utf-8")
 
 
 def _set(tree: dict, dotted: str, value: object) -> None:
     *parents, leaf = dotted.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"override {dotted}: {parent} is a value, not a section; see the config file for its keys")
+        section = tree.get(parent)
+        if not isinstance(section, dict | None):
+            raise ValueError(
+                f"override {dotted:.80}: {parent:.80} is a value, not a section; see the config file for its keys"
+            )
+        tree[parent] = dict(section or {})  # a copy: an alias may name the same section elsewhere
+        tree = tree[parent]
     tree[leaf] = value
 
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = key_of(first)
     if first["type"] == "extra_forbidden":
         keys = known_keys()
         leaf = {name.rsplit(".", 1)[-1]: name for name in keys}
@@ -264,7 +304,4 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key}; {hint}"
     if first["type"] == "missing":
         return f"key {key} is required and missing"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}={first['input']!r}: {message}"
+    return describe(first) if key else str(first["ctx"]["error"])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from prime_fast.progress import duration, thousands
+
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 GIB = 1 << 30
 ETA_WINDOW = 20  # steps whose mean duration predicts the rest
@@ -130,19 +132,21 @@ class MetricsLog:
         parts = [f"step {step:{len(str(self.total_steps))}d}/{self.total_steps}"]
         parts += [text.format(record[key]) for key, text in PROGRESS.items() if record.get(key) is not None]
         if record.get("tokens_per_second") is not None:
-            parts.append(f"{_thousands(record['tokens_per_second'])} tok/s")
+            parts.append(f"{thousands(record['tokens_per_second'])} tok/s")
         if record.get("seconds") is not None:
             parts.append(f"{record['seconds']:.1f} s")
             if step > 0:  # step 0 is an evaluation, not a step
                 self._durations.append(record["seconds"])
         if self._durations and step < self.total_steps:
             left = (self.total_steps - step) * sum(self._durations) / len(self._durations)
-            parts.append(f"eta {_duration(left)}")
+            parts.append(f"eta {duration(left)}")
         if record.get("eval_accuracy") is not None:  # last, so that the columns of all lines stay aligned
             parts.append(f"eval {record['eval_accuracy']:.3f}")
         for name, label in (("policy", "applied"), ("prm", "prm applied")):
             if record.get(f"{name}_applied") != record.get(f"{name}_updates"):
                 parts.append(f"{label} {record[f'{name}_applied']} of {record[f'{name}_updates']}")
+        if record.get("eval_loss") is not None:
+            parts.append(f"eval loss {record['eval_loss']:.4f}")
         parts += [f"{label} {record[key]:.1%}" for key, label in FAILURES.items() if record.get(key)]
         if record.get("skipped"):
             parts.append(f"skipped {record['skipped']}")
@@ -229,15 +233,3 @@ def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # kernels still queued belong to the phase that launched them
     return time.perf_counter()
-
-
-def _thousands(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from prime_fast.engine.batch import Batch
 from prime_fast.engine.distributed import Stop
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine, StepResult
+from prime_fast.progress import Tick, progress
 
 T = TypeVar("T")
 MiniBatch = list[list[list[int]]]  # [micro-batch][rank] -> rows of the batch
@@ -53,11 +54,18 @@ class PolicyPass(NamedTuple):
     mismatch: dict[str, float]  # of the rollout engine and the trainer before the update; see _mismatch
 
 
-def split(batch: Batch, mini_batch: int, micro_tokens: int, shuffle: torch.Generator | None = None) -> list[MiniBatch]:
+def split(
+    batch: Batch,
+    mini_batch: int,
+    micro_tokens: int,
+    shuffle: torch.Generator | None = None,
+    *,
+    attention: float = 0.0,
+) -> list[MiniBatch]:
     """Cut the rows into optimizer steps of about `mini_batch` rows, nearly equal in size, and plan each one's packs.
 
     Equal parts, because a small rest would make a noisy step of the same size as the others. Without `shuffle` a part
-    is made of whole groups, in their order.
+    is made of whole groups, in their order. attention: of the model, see packing.work.
     """
     count = len(batch.responses)
     if shuffle is None:
@@ -68,14 +76,14 @@ def split(batch: Batch, mini_batch: int, micro_tokens: int, shuffle: torch.Gener
     lengths = batch.lengths
     minis = []
     for rows in parts:
-        micros = packing.plan([lengths[row] for row in rows], micro_tokens, distributed.world_size())
+        micros = packing.plan([lengths[row] for row in rows], micro_tokens, distributed.world_size(), attention)
         minis.append([[[rows[i] for i in share] for share in ranks] for ranks in micros])
     return minis
 
 
-def efficiency(batch: Batch, minis: list[MiniBatch]) -> float:
-    """Real tokens over token slots of all passes that follow this plan; see packing.efficiency."""
-    return packing.efficiency([micro for mini in minis for micro in mini], batch.lengths)
+def efficiency(batch: Batch, minis: list[MiniBatch], attention: float = 0.0) -> float:
+    """Work done over work that the time allows, of all passes that follow this plan; see packing.efficiency."""
+    return packing.efficiency([micro for mini in minis for micro in mini], batch.lengths, attention)
 
 
 def score(engine: Engine, batch: Batch, minis: list[MiniBatch], temperature: float = 1.0) -> Tensor:
@@ -94,8 +102,8 @@ def score_at(
         op = partial(prime_kernels.linear_logprob, hidden, weight, targets, bias=bias)
         return [op(temperature=temperature) for temperature in flats]
 
-    for mini in minis:
-        for pack in _packs(batch, mini, engine):
+    for _, packs in _told(f"{engine.role} forward", batch, minis, engine):
+        for pack in packs:
             logprobs = engine.run(pack, partial(heads, targets=pack.targets))
             for flat, logprob in zip(flats.values(), logprobs, strict=True):
                 pack.put(flat, logprob)
@@ -110,10 +118,10 @@ def train_prm(
     scores = flat.new_zeros(len(batch.responses))
     outcome = batch.outcome.to(engine.device)
     losses, steps = [], []
-    for mini in minis:
+    for mini, packs in _told(f"{engine.role} update", batch, minis, engine):
         row_weight = torch.full_like(outcome, distributed.world_size() / len(_rows(mini)))
         total = flat.new_zeros(())
-        for pack in _packs(batch, mini, engine):
+        for pack in packs:
             op = _on(
                 partial(prime_kernels.linear_prm_loss, beta=beta, row_weight=pack.select_rows(row_weight)),
                 pack.targets,
@@ -163,7 +171,7 @@ def train_policy(
     losses, steps = [], []
     measured = torch.zeros(5, dtype=torch.float64, device=engine.device)  # sums over tokens, and their number
     mismatch: dict[str, float] = {}
-    for index, mini in enumerate(minis):
+    for index, (mini, packs) in enumerate(_told(f"{engine.role} update", batch, minis, engine)):
         rows = _rows(mini)
         on_policy = own_first and index == 0
         if config.mean == "token":
@@ -171,27 +179,26 @@ def train_policy(
         else:
             row_weight = 1 / (lengths * len(rows))
         token_weight = (row_weight * distributed.world_size()).repeat_interleave(lengths)
-        if not on_policy and importance_cap:
-            token_weight = token_weight * _ratio(old_logprob, sampled, importance_cap)
         total = own.new_zeros(())
         here = torch.zeros_like(measured)  # of this mini-batch
-        for pack in _packs(batch, mini, engine):
+        for pack in packs:
             reference = None if ref_logprob is None else pack.select(ref_logprob)
             op = _on(
                 partial(
-                    _on_policy_loss if on_policy and importance_cap else prime_kernels.linear_policy_loss,
+                    prime_kernels.linear_policy_loss,
                     clip_low=config.clip[0],
                     clip_high=config.clip[1],
                     temperature=temperature,
                     entropy_coef=config.entropy_coef,
                     ref_logprob=reference if config.kl_coef else None,
                     kl_coef=config.kl_coef,
+                    sampling_logprob=pack.select(sampled) if importance_cap else None,
+                    importance_cap=importance_cap or 1.0,
                 ),
                 pack.targets,
                 None if on_policy else pack.select(old_logprob),
                 pack.select(advantage),
                 pack.select(token_weight),
-                *([pack.select(sampled), importance_cap] if on_policy and importance_cap else []),
             )
             result = engine.run(pack, op)
             engine.backward(result.loss)
@@ -217,33 +224,6 @@ def train_policy(
     entropy, clip_fraction, approx_kl, reference_kl = (value / tokens if tokens else math.nan for value in sums)
     known_kl = None if ref_logprob is None else reference_kl
     return PolicyPass(_updates(losses, steps), entropy, clip_fraction, approx_kl, known_kl, mismatch)
-
-
-def _on_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_logprob: None,
-    advantage: Tensor,
-    token_weight: Tensor,
-    sampled: Tensor,
-    cap: float,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    **options: Any,
-) -> prime_kernels.PolicyLoss:
-    """linear_policy_loss with importance weights from this very forward: one more GEMM of the LM head."""
-    with torch.no_grad():
-        logprob = prime_kernels.linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature)
-    token_weight = token_weight * _ratio(logprob, sampled, cap)
-    return prime_kernels.linear_policy_loss(
-        hidden, weight, targets, old_logprob, advantage, token_weight, bias=bias, temperature=temperature, **options
-    )
-
-
-def _ratio(logprob: Tensor, sampled: Tensor, cap: float) -> Tensor:
-    return (logprob - sampled).exp().clamp(max=cap)
 
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:
@@ -288,10 +268,20 @@ def _tokens_of(rows: list[int], batch: Batch, engine: Engine) -> Tensor:
     return chosen.repeat_interleave(batch.cu_seqlens.diff()).to(engine.device)
 
 
-def _packs(batch: Batch, mini: MiniBatch, engine: Engine) -> Iterator[Pack]:
+def _told(
+    what: str, batch: Batch, minis: list[MiniBatch], engine: Engine
+) -> Iterator[tuple[MiniBatch, Iterator[Pack]]]:
+    """Each mini-batch with its packs of this rank; tells how far the pass has come."""
+    with progress(what, sum(map(len, minis)), "micro-batches") as tick:
+        for mini in minis:
+            yield mini, _packs(batch, mini, engine, tick)
+
+
+def _packs(batch: Batch, mini: MiniBatch, engine: Engine, tick: Tick) -> Iterator[Pack]:
     offsets = batch.cu_seqlens.tolist()
     for ranks in mini:
         yield packing.pack(ranks[distributed.rank()], batch.prompts, batch.responses, offsets).to(engine.device)
+        tick()
 
 
 def _on(op: Callable, *arguments: Tensor | None) -> Callable:

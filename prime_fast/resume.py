@@ -16,7 +16,7 @@ from prime_fast.engine.checkpoint import IDENTITY, latest
 from prime_fast.identity import Identity
 
 # Keys and sections that may differ; with --accept, those of the accepted parts too.
-FREE = {"steps", "run_dir", "log", "engine", "reward.max_failures"}
+FREE = {"steps", "run_dir", "log", "engine", "sft.steps", "reward.max_failures"}
 ACCEPTS = {
     "data": {"data"},
     "models": {"model.policy", "model.prm", "model.reference"},
@@ -29,9 +29,12 @@ BY_CONTENT = {"data.train", "data.eval", "model.policy", "model.prm", "model.ref
 TOLD = 3  # differences of a part that a message names
 
 
-def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
-    """The checkpoint to continue from, None if there is none yet; ValueError if the configuration is another."""
-    if unknown := set(accepted) - set(ACCEPTS):
+def newest(config: Config, accepted: Collection[str] | None = None) -> Path | None:
+    """The checkpoint to continue from, None if there is none yet; ValueError if the configuration is another.
+
+    accepted: None where nothing can be accepted.
+    """
+    if unknown := set(accepted or ()) - set(ACCEPTS):
         raise ValueError(f"--accept {min(unknown)!r} is none of {', '.join(ACCEPTS)}")
     run_dir = Path(config.run_dir)
     found = latest(run_dir)
@@ -45,11 +48,12 @@ def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
         )
     before = _flatten(load_config(run_dir / "config.yaml").model_dump())
     now = _flatten(config.model_dump())
-    free = FREE.union(*(ACCEPTS[part] for part in accepted), BY_CONTENT if _identity(found) else ())
+    free = FREE.union(*(ACCEPTS[part] for part in accepted or ()), BY_CONTENT if _identity(found) else ())
     for key in before | now:
         names = {key, key.split(".")[0]}
         if now.get(key) != before.get(key) and not names & free:
-            ways = "".join(f"add --accept {part}, " for part, keys in ACCEPTS.items() if names & keys)
+            parts = [part for part, keys in ACCEPTS.items() if names & keys and accepted is not None]
+            ways = "".join(f"add --accept {part}, " for part in parts)
             raise ValueError(
                 f"--resume continues the same run, but {key} was {before.get(key)!r} and is {now.get(key)!r}; put it "
                 f"back, {ways}or start a new run_dir with model.policy={found / 'policy'}"

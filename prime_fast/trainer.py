@@ -20,6 +20,7 @@ from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
 from prime_fast.memory import measured
 from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
+from prime_fast.progress import progress
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import make_engine
 from prime_fast.rollout.collect import Collector
@@ -68,7 +69,8 @@ class Trainer:
         """
         config, evaluates = self.config, self.inputs.eval is not None and self.config.log.eval_every > 0
         if first_step == 1:
-            preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
+            with progress("self-check", at_once=True):
+                preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
             if evaluates:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step, config.steps + 1):
@@ -122,12 +124,14 @@ class Trainer:
         """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so."""
         config, phases = self.config, self.phases
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        budget, attention = config.engine.micro_tokens, self.policy.attention
         epochs = [
-            passes.split(batch, config.policy.mini_batch, config.engine.micro_tokens, shuffle)
+            passes.split(batch, config.policy.mini_batch, budget, shuffle, attention=attention)
             for _ in range(config.policy.epochs)
         ]
-        prm_minis = passes.split(batch, config.prm.mini_batch, config.engine.micro_tokens)
-        self.record |= {"rows": len(batch.responses), "packing_efficiency": passes.efficiency(batch, epochs[0])}
+        prm_minis = passes.split(batch, config.prm.mini_batch, budget, attention=attention)
+        efficiency = passes.efficiency(batch, epochs[0], attention)
+        self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}
         temperature = config.rollout.temperature
 
         with phases("reference"):
@@ -222,7 +226,15 @@ class Trainer:
 
     def save(self, step: int) -> None:
         with self.phases("checkpoint"):
-            checkpoint.save(Path(self.config.run_dir), step, self._trained(), self.inputs.tokenizer, self._state())
+            checkpoint.save(
+                Path(self.config.run_dir),
+                step,
+                self._trained(),
+                self.inputs.tokenizer,
+                self._state(),
+                keep=self.config.log.keep,
+                score=self.record.get("eval_accuracy"),
+            )
 
     def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
         """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""

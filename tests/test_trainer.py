@@ -1,8 +1,9 @@
 import json
 import os
-import subprocess
+import pty
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import processes
@@ -110,11 +111,13 @@ def test_resume_continues_to_the_same_bits(straight, workspace, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
+    """It ran on a terminal, where each line stands alone though phases told how far they were before it."""
     run_dir, records = straight
     killed = tmp_path / "run"
     command = [sys.executable, "-m", "prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={killed}"]
     command += ["steps=4", "log.checkpoint_every=1"]
-    process = processes.start(command, stdout=subprocess.DEVNULL)
+    screen, terminal = pty.openpty()
+    process = processes.start(command, stdout=terminal)
     deadline = time.time() + 120
     while (
         not (killed / "checkpoints" / "step-000001").exists()
@@ -123,11 +126,24 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)
     processes.end(process)
+    os.close(terminal)
+    shown = ""
+    with suppress(OSError):  # the end of a terminal without a program
+        while True:
+            shown += os.read(screen, 1 << 16).decode()
+    phases = ("loading the policy model", "self-check", "rollouts", "reference forward 0/", "prm update 0/")
+    for phase in (*phases, "policy update 0/", "evaluating 0/8 problems", "checkpoint 0/4"):
+        assert f"\x1b[K{phase}" in shown, phase
+    lines = [line.split("\x1b[K")[-1] for line in shown.splitlines()]
+    assert [line[:8] for line in lines if "step" in line][:2] == ["step 0/4", "step 1/4"]
     resumed = run(workspace, killed, "steps=4", "log.checkpoint_every=1", resume=True)
     assert stable(resumed) == stable(records)
     expected, got = weights(run_dir), weights(killed)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
-    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-000003", "step-000004"]
+    best = max((2, 4), key=lambda step: (records[step]["eval_accuracy"], step))
+    assert checkpoint.best(killed).name == f"step-{best:06d}"
+    kept = sorted(path.name for path in (killed / "checkpoints").glob("step-*"))
+    assert kept == sorted({"step-000003", "step-000004", checkpoint.best(killed).name})
 
 
 @pytest.mark.parametrize("mini_batch", [12, 1], ids=["several rows", "one row a step, so that a rank idles"])

@@ -118,10 +118,12 @@ OPS = {
     "linear_policy_loss": Op(
         HEAD_AXES
         | {"vectors": checks.REAL, "off_policy": (False, True), "clip_low": (0.2, 0.0), "clip_high": (0.2, 0.0)}
-        | {"temperature": (1.0, 0.7), "entropy_coef": (0.0, 0.1), "kl_coef": (0.0, 0.1)},
+        | {"temperature": (1.0, 0.7), "entropy_coef": (0.0, 0.1), "kl_coef": (0.0, 0.1)}
+        | {"other_sampler": (False, True), "importance_cap": (2.0, 1.0)},
         HEAD
         | {"advantage": per_token, "token_weight": per_token}
-        | {"old_logprob": given("off_policy", per_token), "ref_logprob": given("kl_coef", per_token)},
+        | {"old_logprob": given("off_policy", per_token), "ref_logprob": given("kl_coef", per_token)}
+        | {"sampling_logprob": given("other_sampler", per_token)},
     ),
     "linear_prm_loss": Op(
         HEAD_AXES

@@ -27,14 +27,14 @@ class Rows:
 
     def run(self, hidden, weight, targets, logits, gradient: Gradient | None, logprob, entropy, dlogits) -> None:
         linear_fused.product(hidden, weight.T, logits[: len(hidden)])
-        policy = gradient if isinstance(gradient, Policy) else Policy(None, None, None, None, 0, 0, 0, 0)
+        policy = gradient if isinstance(gradient, Policy) else Policy(None, None, None, None, None, 0, 0, 0, 0, 0)
         upstream = gradient if isinstance(gradient, Upstream) else Upstream()
-        pointers = *upstream, policy.advantage, policy.token_weight, policy.old_logprob, policy.ref_logprob
+        pointers = *upstream, *policy[:5]
         extension("_C").row_kernel(
             logits.data_ptr(), *(len(targets), len(weight)), *map(_address, (targets, logprob, entropy, self.bias)),
             self.temperature, self.softcap, gradient is not None, *map(_address, pointers),
-            1 - policy.clip_low, 1 + policy.clip_high, policy.entropy_coef, policy.kl_coef, MAX_LOG_RATIO,
-            torch.get_num_threads(),
+            policy.importance_cap, 1 - policy.clip_low, 1 + policy.clip_high, policy.entropy_coef, policy.kl_coef,
+            MAX_LOG_RATIO, torch.get_num_threads(),
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prime_kernels.linear_torch import kept_dtype, policy_result, slices, whole_rows
-from prime_kernels.reference import PrmLoss, prm_row_gradient, prm_row_loss, segment_sum
+from prime_kernels.reference import PrmLoss, importance_weight, prm_row_gradient, prm_row_loss, segment_sum
 
 
 class Upstream(NamedTuple):
@@ -34,6 +34,8 @@ class Policy(NamedTuple):
     token_weight: Tensor
     old_logprob: Tensor | None
     ref_logprob: Tensor | None  # None without a KL term
+    sampling_logprob: Tensor | None  # None without importance weights from this forward's log-probs
+    importance_cap: float
     clip_low: float
     clip_high: float
     entropy_coef: float
@@ -151,21 +153,27 @@ def logprob_backward(rows_type, hidden, weight, bias, targets, dlogprob, dentrop
 
 
 def policy_loss(
-    rows_type, hidden, weight, bias, targets, old_logprob, advantage, token_weight, ref_logprob,
-    *, clip_low, clip_high, temperature, softcap, entropy_coef, kl_coef, grads,
+    rows_type, hidden, weight, bias, targets, old_logprob, advantage, token_weight, ref_logprob, sampling_logprob,
+    *, importance_cap, clip_low, clip_high, temperature, softcap, entropy_coef, kl_coef, grads,
 ):  # fmt: skip
     """-> PolicyLoss, and the gradients of hidden, weight and bias, None where `grads` is False."""
     head = Head(rows_type, hidden, weight, bias, temperature, softcap, grads)
     logprob, entropy = head.new(), head.new()
-    old_logprob, advantage, token_weight, ref_logprob = map(_float, (old_logprob, advantage, token_weight, ref_logprob))
+    vectors = map(_float, (old_logprob, advantage, token_weight, ref_logprob, sampling_logprob))
+    old_logprob, advantage, token_weight, ref_logprob, sampling_logprob = vectors
     options = {"clip_low": clip_low, "clip_high": clip_high, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
     if head.grads:
-        gradient = Policy(advantage, token_weight, old_logprob, ref_logprob if kl_coef else None, **options)
+        gradient = Policy(
+            advantage, token_weight, old_logprob, ref_logprob if kl_coef else None, sampling_logprob, importance_cap,
+            **options,
+        )  # fmt: skip
         for rows in head.chunks():
             head.forward(rows, targets, logprob, entropy, gradient)
             head.products(rows)
     else:
         head.forward(slice(0, len(hidden)), targets, logprob, entropy)
+    if sampling_logprob is not None:
+        token_weight = token_weight * importance_weight(logprob, sampling_logprob, importance_cap)
     result = policy_result(logprob, entropy, old_logprob, advantage, token_weight, ref_logprob, **options)
     return result, head.gradients()
 

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from prime_kernels import checks
 from prime_kernels.dispatch import operator, resolve
 from prime_kernels.linear_torch import compute_dtype, kept_dtype
-from prime_kernels.reference import PolicyLoss, PrmLoss
+from prime_kernels.reference import PolicyLoss, PrmLoss, importance_weight
 
 
 def linear_policy_loss(
@@ -26,6 +26,8 @@ def linear_policy_loss(
     entropy_coef: float = 0.0,
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
+    sampling_logprob: Tensor | None = None,
+    importance_cap: float = 2.0,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The PPO-clip policy loss of a linear LM head: loss = sum(token_weight * token loss), with
@@ -42,6 +44,9 @@ def linear_policy_loss(
         old_logprob: (N,) float32 or float64 in nats; None on-policy: the ratio is 1, its gradient that of logprob.
         advantage, token_weight: (N,) float32 or float64. A token of weight 0 is left out of the metrics.
         ref_logprob: (N,) float32 or float64, needed when kl_coef is not 0.
+        sampling_logprob: (N,) float32 or float64, under the probabilities that the tokens were sampled from, where
+            those are not the old policy's (another engine's kernels, a truncated distribution). Each token's weight is
+            then token_weight * min(exp(old_logprob - sampling_logprob), importance_cap), without a gradient.
 
     Returns PolicyLoss: loss (), differentiable in hidden, weight and bias; detached: logprob (N,), entropy (N,),
     clip_fraction () where the clipped branch is active, approx_kl () = mean(old_logprob - logprob), the last two over
@@ -52,7 +57,7 @@ def linear_policy_loss(
     """
     checks.head(hidden, weight, targets, bias, temperature, softcap)
     per_token = {"old_logprob": old_logprob, "advantage": advantage, "token_weight": token_weight}
-    per_token["ref_logprob"] = ref_logprob
+    per_token |= {"ref_logprob": ref_logprob, "sampling_logprob": sampling_logprob}
     for name, value in per_token.items():
         if value is not None or name in ("advantage", "token_weight"):
             checks.tensor(name, value, targets.shape, checks.REAL, hidden, "one value for each row of hidden")
@@ -60,9 +65,14 @@ def linear_policy_loss(
         raise ValueError(f"ref_logprob is None with kl_coef {kl_coef}: pass the reference log-probs or kl_coef=0")
     checks.between("clip_low", clip_low, 0, 1)
     checks.between("clip_high", clip_high, 0, float("inf"))
+    checks.positive("importance_cap", importance_cap)
+    if sampling_logprob is not None and old_logprob is not None:  # else known only when this forward's log-probs are
+        token_weight = token_weight * importance_weight(old_logprob, sampling_logprob, importance_cap)
+        sampling_logprob = None
     loss, logprob, entropies, clip_fraction, approx_kl, *_ = _policy_loss(
-        hidden, weight, bias, targets, old_logprob, advantage, token_weight, ref_logprob,
-        clip_low, clip_high, temperature, softcap, entropy_coef, kl_coef, _wanted(hidden, weight, bias), backend,
+        hidden, weight, bias, targets, old_logprob, advantage, token_weight, ref_logprob, sampling_logprob,
+        importance_cap, clip_low, clip_high, temperature, softcap, entropy_coef, kl_coef,
+        _wanted(hidden, weight, bias), backend,
     )  # fmt: skip
     return PolicyLoss(loss, logprob, entropies, clip_fraction, approx_kl)
 
@@ -131,6 +141,8 @@ def _policy_loss(
     advantage: Tensor,
     token_weight: Tensor,
     ref_logprob: Tensor | None,
+    sampling_logprob: Tensor | None,
+    importance_cap: float,
     clip_low: float,
     clip_high: float,
     temperature: float,
@@ -142,14 +154,16 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     result, gradients = resolve("linear_policy_loss", backend, (hidden, weight))(
         hidden, weight, bias, targets.contiguous(), old_logprob, advantage, token_weight, ref_logprob,
-        clip_low=clip_low, clip_high=clip_high, temperature=temperature, softcap=softcap,
+        sampling_logprob, importance_cap=importance_cap, clip_low=clip_low, clip_high=clip_high,
+        temperature=temperature, softcap=softcap,
         entropy_coef=entropy_coef, kl_coef=kl_coef, grads=grads,
     )  # fmt: skip
     return *result, *(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
 @_policy_loss.register_fake
-def _(hidden, weight, bias, targets, old, advantage, token_weight, ref, low, high, t, cap, entropy, kl, grads, backend):
+def _(hidden, weight, bias, targets, old, advantage, token_weight, ref, sampling, most, low, high, *others):
+    *_, grads, _ = others
     logprob = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     loss, clip_fraction, approx_kl = (logprob.new_empty(()) for _ in range(3))
     return loss, logprob, torch.empty_like(logprob), clip_fraction, approx_kl, *_like(hidden, weight, bias, grads)

@@ -26,7 +26,8 @@ from prime_kernels.reference import MAX_LOG_RATIO
 
 LIMIT = tl.constexpr(MAX_LOG_RATIO)
 # Read a number at a time: a kernel for each alignment of theirs would be compiled anew for every other packing
-PER_ROW = ["stats", "targets", "old", "advantage", "token_weight", "ref", "dlogprob", "dentropy", "logprob", "entropy"]
+PER_ROW = ["stats", "targets", "old", "advantage", "token_weight", "ref"]
+PER_ROW += ["sampling", "dlogprob", "dentropy", "logprob", "entropy"]
 
 
 @triton.jit
@@ -48,9 +49,9 @@ def policy_gradient(logprob, old, advantage, ref, row, low, high, kl_coef):
 
 @triton.jit(do_not_specialize=[*PER_ROW, "stat_rows"])
 def row_kernel(
-    logits, stats, bias, targets, old, advantage, token_weight, ref, dlogprob, dentropy,
+    logits, stats, bias, targets, old, advantage, token_weight, ref, sampling, dlogprob, dentropy,
     logprob, entropy, dlogits,
-    stat_rows, vocabulary, inverse_temperature, softcap, low, high, entropy_coef, kl_coef,
+    stat_rows, vocabulary, inverse_temperature, softcap, cap, low, high, entropy_coef, kl_coef,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One row a program: log-prob, entropy unless None, and dlogits unless None.
@@ -112,6 +113,9 @@ def row_kernel(
         h = 0.0
         if advantage is not None:
             scale = tl.load(token_weight + row)
+            if sampling is not None:
+                ratio = lp - tl.load(sampling + row)
+                scale *= tl.minimum(exp(tl.minimum(tl.maximum(ratio, -LIMIT), LIMIT)), cap)
             g = scale * policy_gradient(lp, old, advantage, ref, row, low, high, kl_coef)
             if entropy_coef is not None:
                 h = -entropy_coef * scale
@@ -170,13 +174,14 @@ def rows(
     *, vocabulary: int, temperature: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """Launch the row kernel on len(targets) rows of contiguous float32 logits (or stats), see there."""
-    policy = gradient if isinstance(gradient, Policy) else Policy(None, None, None, None, 0.0, 0.0, 0.0, 0.0)
+    policy = gradient if isinstance(gradient, Policy) else Policy(None, None, None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
     upstream = gradient if isinstance(gradient, Upstream) else Upstream()
     if len(targets):
         row_kernel[len(targets),](
             logits, stats, bias, targets, policy.old_logprob, policy.advantage, policy.token_weight, policy.ref_logprob,
-            *upstream, logprob, entropy, dlogits,
-            len(targets), vocabulary, 1 / temperature, softcap, 1 - policy.clip_low, 1 + policy.clip_high,
+            policy.sampling_logprob, *upstream, logprob, entropy, dlogits,
+            len(targets), vocabulary, 1 / temperature, softcap,
+            policy.importance_cap, 1 - policy.clip_low, 1 + policy.clip_high,
             policy.entropy_coef or None, policy.kl_coef,
             BLOCK=tune.ROW.block, SPLITS=0 if stats is None else stats.shape[1],
             num_warps=tune.ROW.warps, enable_fp_fusion=False,

@@ -11,6 +11,7 @@ from torch import Tensor
 from prime_kernels.reference import (
     PolicyLoss,
     PrmLoss,
+    importance_weight,
     kl_token_gradient,
     kl_token_loss,
     policy_token_gradient,
@@ -145,25 +146,31 @@ def logprob_backward(hidden, weight, bias, targets, dlogprob, dentropy, *, tempe
 
 
 def policy_loss(
-    hidden, weight, bias, targets, old_logprob, advantage, token_weight, ref_logprob,
-    *, clip_low, clip_high, temperature, softcap, entropy_coef, kl_coef, grads,
+    hidden, weight, bias, targets, old_logprob, advantage, token_weight, ref_logprob, sampling_logprob,
+    *, importance_cap, clip_low, clip_high, temperature, softcap, entropy_coef, kl_coef, grads,
 ) -> tuple[PolicyLoss, tuple]:  # fmt: skip
-    """-> PolicyLoss, and the gradients of hidden, weight and bias, None where `grads` is False."""
+    """-> PolicyLoss, and the gradients of hidden, weight and bias, None where `grads` is False. sampling_logprob only
+    on-policy."""
     head = Head(hidden, weight, bias, temperature, softcap, grads)
-    vectors = (old_logprob, advantage, token_weight, ref_logprob)
-    old_logprob, advantage, token_weight, ref_logprob = (None if x is None else x.to(head.dtype) for x in vectors)
+    vectors = (old_logprob, advantage, token_weight, ref_logprob, sampling_logprob)
+    vectors = (None if x is None else x.to(head.dtype) for x in vectors)
+    old_logprob, advantage, token_weight, ref_logprob, sampling_logprob = vectors
     logprob = hidden.new_empty(len(hidden), dtype=head.dtype)
     entropy = torch.empty_like(logprob)
     for rows in slices(0, len(hidden), chunk_rows(len(weight))):
         chunk = head.forward(rows, targets, entropy=True)
         logprob[rows], entropy[rows] = chunk.logprob, chunk.entropy
         if any(grads):
+            scale = token_weight[rows]
+            if sampling_logprob is not None:
+                scale = scale * importance_weight(chunk.logprob, sampling_logprob[rows], importance_cap)
             old = chunk.logprob if old_logprob is None else old_logprob[rows]
             dlogprob = policy_token_gradient(chunk.logprob, old, advantage[rows], clip_low, clip_high)
             if kl_coef:
                 dlogprob += kl_coef * kl_token_gradient(chunk.logprob, ref_logprob[rows])
-            dentropy = -entropy_coef * token_weight[rows] if entropy_coef else None
-            head.backward(chunk, token_weight[rows] * dlogprob, dentropy)
+            head.backward(chunk, scale * dlogprob, -entropy_coef * scale if entropy_coef else None)
+    if sampling_logprob is not None:
+        token_weight = token_weight * importance_weight(logprob, sampling_logprob, importance_cap)
     options = {"clip_low": clip_low, "clip_high": clip_high, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
     result = policy_result(logprob, entropy, old_logprob, advantage, token_weight, ref_logprob, **options)
     return result, head.gradients()

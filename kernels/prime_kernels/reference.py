@@ -47,6 +47,11 @@ def policy_token_gradient(logprob, old_logprob, advantage, clip_low: float, clip
     return loss.masked_fill(clipped | (difference.abs() > MAX_LOG_RATIO), 0)
 
 
+def importance_weight(logprob: Tensor, sampling_logprob: Tensor, cap: float) -> Tensor:
+    """Truncated importance sampling: min(probability / probability under which the token was sampled, cap)."""
+    return (logprob - sampling_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
 def kl_token_loss(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
     """The k3 estimate of KL(policy || ref) of each token."""
     difference = (ref_logprob - logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from prime_fast.data import sources
 from prime_fast.data.shapes import GSM8K_ANSWER, WHERE
 from prime_fast.data.template import Template
+from prime_fast.progress import progress
 
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -211,21 +212,27 @@ def _load(paths, template: Template, prepare, options, max_tokens: int, limit: i
     with sources.place(source, content, template.tokenizer) as (path, is_there):
         if not is_there:
             if limit is None and "broken" not in drop:
-                _check(source, prepare)
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-                _write(writer, source, template, prepare, max_tokens, limit, drop, remedy)
+                with progress("checking", unit="rows") as tick:
+                    _check(source, prepare, tick)
+            with (
+                pa.OSFile(str(path), "wb") as file,
+                pa.ipc.new_stream(file, SCHEMA) as writer,
+                progress("tokenising", unit="rows") as tick,
+            ):
+                _write(writer, source, template, prepare, max_tokens, limit, drop, remedy, tick)
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
         pieces = list(reader.iter_batches_with_custom_metadata())
     counts = json.loads(pieces[-1].custom_metadata["counts"])
     return Rows(pa.Table.from_batches([piece.batch for piece in pieces]), source, **counts)
 
 
-def _check(source, prepare) -> None:
+def _check(source, prepare, tick) -> None:
     """A wrong row is told before the minutes that tokenising those before it takes."""
     for name in source:
         shape, rows = sources.read(name)
         for where, row in rows:
             _prepare(where, row, shape, prepare)
+            tick()
 
 
 def _prepare(where: sources.Where, row: dict | ValueError, shape: str, prepare) -> Any:
@@ -237,7 +244,7 @@ def _prepare(where: sources.Where, row: dict | ValueError, shape: str, prepare) 
         raise ValueError(f"{where} {error}") from error
 
 
-def _write(writer, source, template: Template, prepare, max_tokens, limit, drop, remedy) -> None:
+def _write(writer, source, template: Template, prepare, max_tokens, limit, drop, remedy, tick) -> None:
     """Rows as record batches; the last one, which is empty, says what was left out. What is not token ids is kept as
     JSON text, since Arrow would want the same keys and types of extra_info in every row."""
     counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0, "raw": 0, "kinds": {}}
@@ -266,6 +273,7 @@ def _write(writer, source, template: Template, prepare, max_tokens, limit, drop,
                     items.append(item | {"file": file})
             writer.write_batch(pa.RecordBatch.from_pylist(items, SCHEMA))
             kept += len(items)
+            tick(len(chunk))
     if too_long and not kept:
         raise ValueError(
             f"empty dataset: all {len(too_long)} rows of {', '.join(source)} are longer than {max_tokens} tokens "

@@ -3,12 +3,15 @@
 checkpoints/step-000050/policy, prm   Hugging Face directories for from_pretrained, vLLM, or a later run
 checkpoints/step-000050/state         DeepSpeed shards of the engines, trainer.pt (sampler, surplus groups, counters),
                                       identity.json: what it was made with (`identity`)
+                                      score: how good these very weights are on held-out rows, if that is known
 checkpoints/latest                    the name of the newest intact one
+checkpoints/best                      the name of the one with the highest score, which is never deleted
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -18,12 +21,26 @@ import torch
 
 from prime_fast.engine import distributed
 from prime_fast.engine.zero import Engine
+from prime_fast.progress import progress
 
-KEEP, IDENTITY = 2, "identity.json"
+LATEST, BEST, SCORE, IDENTITY = "latest", "best", "score", "identity.json"
 
 
-def save(run_dir: Path, step: int, engines: dict[str, Engine], tokenizer: Any, state: dict[str, Any]) -> None:
-    """Write checkpoint `step`; every rank calls it. `state` holds tensors and plain Python values."""
+def save(
+    run_dir: Path,
+    step: int,
+    engines: dict[str, Engine],
+    tokenizer: Any,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    score: float | None = None,
+) -> None:
+    """Write checkpoint `step`; every rank calls it. `state` holds tensors and plain Python values.
+
+    keep: how many of the newest stay, this one included; the best one stays besides.
+    score: of an evaluation of exactly these weights, the higher the better; None if there was none.
+    """
     root = run_dir / "checkpoints"
     final = root / f"step-{step:06d}"
     partial = root / f".partial-{final.name}"
@@ -31,38 +48,60 @@ def save(run_dir: Path, step: int, engines: dict[str, Engine], tokenizer: Any, s
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    for name, engine in engines.items():
-        engine.save_hf(partial / name, tokenizer)
-        engine.save_state(partial / "state" / name)
+    with progress("checkpoint", total=2 * len(engines)) as tick:
+        for name, engine in engines.items():
+            engine.save_hf(partial / name, tokenizer)
+            tick()
+            engine.save_state(partial / "state" / name)
+            tick()
     distributed.barrier()
     if distributed.rank() == 0:
         torch.save(state | {"step": step, "world_size": distributed.world_size()}, partial / "state" / "trainer.pt")
         if state.get("identity"):
             (partial / "state" / IDENTITY).write_text(json.dumps(state["identity"], indent=1) + "\n")
+        if score is not None and math.isfinite(score):
+            (partial / "state" / SCORE).write_text(repr(float(score)))
         _sync_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        pointer = root / ".latest"
-        pointer.write_text(final.name)
-        _sync_to_disk(pointer)
-        pointer.rename(root / "latest")
-        for old in sorted(root.glob("step-*"))[:-KEEP]:
-            shutil.rmtree(old)
+        _point(root / LATEST, final)
+        scores = {path.parents[1]: float(path.read_text()) for path in root.glob(f"step-*/state/{SCORE}")}
+        # of equal scores the newest is the best: it takes no room of its own
+        top = max(scores, key=lambda directory: (scores[directory], _step(directory)), default=None)
+        if top:
+            _point(root / BEST, top)
+        for old in sorted(root.glob("step-*"), key=_step)[:-keep]:
+            if old != top:
+                shutil.rmtree(old)
     distributed.barrier()
 
 
 def latest(run_dir: Path) -> Path | None:
     """The newest intact checkpoint, or None."""
-    pointer = run_dir / "checkpoints" / "latest"
-    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+    return _named_by(run_dir / "checkpoints" / LATEST)
 
 
-def load(directory: Path, engines: dict[str, Engine]) -> dict[str, Any]:
-    """Restore the engines and return the trainer's state. Raises ValueError at another world size."""
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint with the highest score, or None if none was evaluated."""
+    return _named_by(run_dir / "checkpoints" / BEST)
+
+
+def find(path: Path) -> Path | None:
+    """The checkpoint that RUN_DIR (its newest), RUN_DIR/checkpoints/best or .../latest means; None for other paths."""
+    return _named_by(path) if path.name in (BEST, LATEST) else latest(path)
+
+
+def load(directory: Path, engines: dict[str, Engine], stage: str = "train") -> dict[str, Any]:
+    """Restore the engines and return the trainer's state. Raises ValueError at another world size, or if another stage
+    of training (`stage` in the state) wrote it."""
     path = directory / "state" / "trainer.pt"
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint of this trainer: {path.name} is missing")
     state = torch.load(path, weights_only=True)
+    if (other := state.get("stage", "train")) != stage:
+        raise ValueError(
+            f"{directory} is of a run of `prime-fast {other}`; continue it with that command, or choose another run_dir"
+        )
     if state["world_size"] != distributed.world_size():
         raise ValueError(
             f"{directory} was written by {state['world_size']} ranks and this is a run of {distributed.world_size()}; "
@@ -71,6 +110,21 @@ def load(directory: Path, engines: dict[str, Engine]) -> dict[str, Any]:
     for name, engine in engines.items():
         engine.load_state(directory / "state" / name)
     return state
+
+
+def _point(pointer: Path, directory: Path) -> None:
+    new = pointer.with_name(f".{pointer.name}")
+    new.write_text(directory.name)
+    _sync_to_disk(new)
+    new.rename(pointer)
+
+
+def _named_by(pointer: Path) -> Path | None:
+    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
 
 
 def _sync_to_disk(path: Path) -> None:

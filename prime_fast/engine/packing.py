@@ -61,12 +61,12 @@ class Pack:
             flat[self.token_index] = values
 
 
-def plan(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
+def plan(lengths: Sequence[int], budget: int, ranks: int = 1, attention: float = 0.0) -> list[list[list[int]]]:
     """Assign rows to micro-batches of at most `budget` tokens, as many on every rank: plan[micro][rank] = row indices.
 
-    Longest row first onto the least loaded micro-batch, which leaves all of them nearly equal; micro-batches of
-    neighbouring load run at the same time on different ranks. A rank may get an empty list.
-    Raises ValueError when one row alone exceeds the budget.
+    The row of most work first onto the micro-batch of least work that has room for it, which leaves all of them nearly
+    equal; micro-batches of neighbouring work run at the same time on different ranks. A rank may get an empty list.
+    attention: see `work`. Raises ValueError when one row alone exceeds the budget.
     """
     longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
     if longest is not None and lengths[longest] > budget:
@@ -76,24 +76,43 @@ def plan(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[list[
         )
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     steps = max(1, -(-sum(lengths) // (budget * ranks)))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(steps * ranks)]
-        heap = [(0, index) for index in range(len(bins))]
-        for row in order:
-            load, index = heapq.heappop(heap)
-            bins[index].append(row)
-            heapq.heappush(heap, (load + lengths[row], index))
-        loads = dict((index, load) for load, index in heap)
-        if max(loads.values()) <= budget:
-            break
+    while (bins := _fill(order, lengths, budget, steps * ranks, attention)) is None:
         steps += 1
-    by_load = sorted(loads, key=lambda index: (-loads[index], index))
-    return [[bins[index] for index in by_load[step * ranks : (step + 1) * ranks]] for step in range(steps)]
+    return [bins[step * ranks : (step + 1) * ranks] for step in range(steps)]
 
 
-def efficiency(micro_batches: list[list[list[int]]], lengths: Sequence[int]) -> float:
-    """Real tokens over token slots: a rank waits for the fullest one of each micro-batch, so that sets the slots."""
-    loads = [[sum(lengths[row] for row in rows) for rows in ranks] for ranks in micro_batches]
+def _fill(
+    order: Sequence[int], lengths: Sequence[int], budget: int, count: int, attention: float
+) -> list[list[int]] | None:
+    """The rows in `count` bins, by falling work; None where one finds no room."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    room = [budget] * count
+    heap = [(0.0, index) for index in range(count)]
+    for row in order:
+        full = []
+        while heap and room[heap[0][1]] < lengths[row]:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        load, index = heap[0]
+        bins[index].append(row)
+        room[index] -= lengths[row]
+        heapq.heapreplace(heap, (load + work(lengths[row], attention), index))
+        for item in full:
+            heapq.heappush(heap, item)
+    return [bins[index] for _, index in sorted(heap, key=lambda item: (-item[0], item[1]))]
+
+
+def work(length: int, attention: float) -> float:
+    """What a row costs, in units of a token without attention: matrix products grow with its length, causal attention
+    with its square. attention: the share that the latter adds for every token before, H * L / N for attention heads of
+    H values in all on L layers and N parameters, since 2 N n + 2 H L n^2 FLOPs make the forward of n tokens."""
+    return length * (1 + attention * length)
+
+
+def efficiency(micro_batches: list[list[list[int]]], lengths: Sequence[int], attention: float = 0.0) -> float:
+    """Work done over the work that fits in the time: a rank waits for the busiest one in each micro-batch."""
+    loads = [[sum(work(lengths[row], attention) for row in rows) for rows in ranks] for ranks in micro_batches]
     slots = sum(max(ranks) * len(ranks) for ranks in loads)
     return sum(map(sum, loads)) / slots if slots else 1.0
 

@@ -20,6 +20,7 @@ from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
 from prime_fast.engine import distributed
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
+from prime_fast.progress import progress
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is imported
@@ -69,21 +70,29 @@ class Engine:
         optimizer: OptimizerConfig | None,
         device: torch.device,
     ) -> None:
-        self.device = device
+        self.role, self.device = role, device
         self.trains = optimizer is not None
         self.dtype = training_dtype(model, device)
         settings = deepspeed_config(role, engine, optimizer, self.dtype)
+        with progress(f"loading the {role} model", at_once=True):
+            self._load(path, model, optimizer, settings)
+
+    def _load(self, path: str, model: ModelConfig, optimizer: OptimizerConfig | None, settings: dict) -> None:
         lm = load_sharded(path, self.dtype, settings)
         lm.config.use_cache = False
         if model.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # its name until transformers 6
         module = PackedLM(lm)
+        self.attention = attention_share(lm)
         for parameter in module.parameters():
             parameter.requires_grad_(self.trains)
         adam = None
         if optimizer is not None:
             adam = torch.optim.AdamW(
-                module.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=device.type == "cuda"
+                module.parameters(),
+                lr=optimizer.lr,
+                weight_decay=optimizer.weight_decay,
+                fused=self.device.type == "cuda",
             )
         self.deepspeed = deepspeed.initialize(model=module, optimizer=adam, config=settings)[0]
         self.deepspeed.train(self.trains)
@@ -154,6 +163,15 @@ class Engine:
         loaded, _ = self.deepspeed.load_checkpoint(str(directory), tag="state")
         if loaded is None:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint; choose an intact checkpoint or start anew")
+
+
+def attention_share(lm: PreTrainedModel) -> float:
+    """What attention costs beside matrix products, for packing.work; every layer is taken to look back without end."""
+    embeddings = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
+    products = sum(p.ds_numel for p in lm.parameters() if id(p) not in embeddings)
+    config = lm.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head * config.num_hidden_layers / products
 
 
 def load_sharded(path: str, dtype: torch.dtype, settings: dict) -> PreTrainedModel:

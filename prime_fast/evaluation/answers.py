@@ -17,12 +17,11 @@ from prime_fast.engine.batch import Sample
 from prime_fast.evaluation import outputs
 from prime_fast.evaluation.bestofn import implicit_rewards
 from prime_fast.evaluation.votes import SECONDS, answer_of, unite
+from prime_fast.progress import progress
 from prime_fast.rewards import RewardPool
 from prime_fast.rewards.functions import ability_of
 from prime_fast.rewards.pool import MAX_DEFAULT_WORKERS
 from prime_fast.rollout import Request, RolloutEngine
-
-NEWS = 20  # lines of progress, about
 
 
 class Problem(NamedTuple):
@@ -71,16 +70,18 @@ def generate(
                 todo -= 1
                 nothing = Sample(torch.zeros(0, dtype=torch.int64), torch.zeros(0), True)
                 yield [record(i, problem, [nothing] * draw.count, [""] * draw.count, [0.0] * draw.count)]
-        start, told, outcomes, done = time.perf_counter(), 0, [], 0
-        while done < todo:
-            records = _grade(engine.step(), problems, pool, tokenizer)
-            yield records
-            done += len(records)
-            outcomes += [outcome for record in records for outcome in record["outcomes"]]
-            if records and (done == todo or done >= told + todo / NEWS):
-                told, mean = done, sum(outcomes) / len(outcomes)
-                progress = f"{done}/{todo}" + (f" of {len(leaders)} engines' first" if len(leaders) > 1 else "")
-                console.print(f"{draw.name:8} {progress}  outcome {mean:.3f}  {time.perf_counter() - start:.0f} s")
+        start, outcomes, mean = time.perf_counter(), [], ""
+        unit = "problems" + (f" of {len(leaders)} engines' first" if len(leaders) > 1 else "")
+        with progress(draw.name, todo, unit) as tick:
+            while tick.done < todo:
+                finished = engine.step()
+                records = _grade(finished, problems, pool, tokenizer)
+                yield records
+                outcomes += [outcome for record in records for outcome in record["outcomes"]]
+                mean = f"outcome {sum(outcomes) / len(outcomes):.3f}" if outcomes else ""
+                tick(len(records), tokens=sum(len(s.tokens) for _, group in finished for s in group), note=mean)
+        if todo:
+            console.print(f"{draw.name:8} {todo}/{todo} {unit}  {mean}  {time.perf_counter() - start:.0f} s")
 
     return outputs.write(path, batches())
 
@@ -108,8 +109,8 @@ def vote(path: Path, problems: Sequence[Problem], samples: Sequence[dict], conso
             [answer_of(text, ability) for text in samples[i]["responses"]]
             for i, ability in zip(share, abilities, strict=True)
         ]
-        with RewardPool("math", workers(), SECONDS) as pool:
-            united = unite(answers, [ability != "code" for ability in abilities], pool)
+        with RewardPool("math", workers(), SECONDS) as pool, progress("votes", unit="comparisons") as tick:
+            united = unite(answers, [ability != "code" for ability in abilities], pool, tick)
             late = sum(distributed.gather_lists([pool.counts["timeouts"]]))
         done = outputs.write(path, [[{"problem": i, "votes": row} for i, row in zip(share, united, strict=True)]])
         if late:

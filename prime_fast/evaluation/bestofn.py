@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import prime_kernels
 from prime_fast.engine import packing
 from prime_fast.engine.model import PackedLM
+from prime_fast.progress import progress
 
 MICRO_TOKENS = 16384
 MAX_SUBSETS = 256  # of the samples that vote; if there are more, so many random ones stand for all
@@ -46,15 +47,19 @@ def response_logprobs(
     model: str, prompts: Sequence[Tensor], responses: Sequence[Tensor], *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """(T,) float32 log-probs, at temperature 1, of all response tokens, row after row, under a checkpoint."""
-    lm = PackedLM(AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)).eval()
+    with progress(f"loading {model}", at_once=True):
+        lm = PackedLM(AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)).eval()
     offsets = [0, *accumulate(map(len, responses))]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
     flat = torch.zeros(offsets[-1])
-    for (rows,) in packing.plan(lengths, max(MICRO_TOKENS, *lengths)):
-        pack = packing.pack(rows, prompts, responses, offsets)
-        targets = pack.targets.to(device)
-        values = lm(pack.to(device), lambda h, w, bias, t=targets: prime_kernels.linear_logprob(h, w, t, bias=bias))
-        pack.put(flat, values.cpu())
+    plan = packing.plan(lengths, max(MICRO_TOKENS, *lengths))
+    with progress("scoring", total=len(plan), unit="micro-batches") as tick:
+        for (rows,) in plan:
+            pack = packing.pack(rows, prompts, responses, offsets)
+            targets = pack.targets.to(device)
+            values = lm(pack.to(device), lambda h, w, bias, t=targets: prime_kernels.linear_logprob(h, w, t, bias=bias))
+            pack.put(flat, values.cpu())
+            tick()
     return flat
 
 

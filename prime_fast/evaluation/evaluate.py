@@ -24,12 +24,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from prime_fast.config import Config, ModelConfig
+from prime_fast.config import ModelConfig, make_config
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
 from prime_fast.data.rows import load_rows
-from prime_fast.engine import distributed
+from prime_fast.engine import checkpoint, distributed
 from prime_fast.engine.batch import Group
-from prime_fast.engine.checkpoint import latest
 from prime_fast.engine.model import training_dtype
 from prime_fast.evaluation import outputs, report
 from prime_fast.evaluation.answers import Draw, Problem, generate, record, score, vote, workers
@@ -128,9 +127,9 @@ def default_out(model: str) -> Path:
 
 
 def find_model(path: str, role: str) -> str:
-    """A model directory or hub id as it is; of a run_dir or a checkpoint, the `role` (policy or prm) in it."""
-    if (newest := latest(Path(path))) is not None:
-        return str(newest / role)
+    """A model directory or hub id as it is; of a run_dir, a checkpoint or checkpoints/best, its policy or prm."""
+    if (found := checkpoint.find(Path(path))) is not None:
+        return str(found / role)
     return str(Path(path) / role) if (Path(path) / role).is_dir() else path
 
 
@@ -191,12 +190,15 @@ def _make_engine(settings: Settings, model: str, problems: list[Problem], tokeni
     rows = [(len(problem.row["prompt_ids"]), problem.max_tokens) for problem in problems if problem.max_tokens]
     response = max((budget for _, budget in rows), default=1)
     both = max((prompt + budget for prompt, budget in rows), default=2)
-    config = Config(
-        run_dir=str(settings.out),
-        model={"policy": model},
-        data={"max_prompt": both - response},
-        rollout={"engine": settings.engine, "vllm": settings.vllm, "batch": settings.batch, "max_response": response},
-        engine={"micro_tokens": both},
+    rollout = {"engine": settings.engine, "vllm": settings.vllm, "batch": settings.batch, "max_response": response}
+    config = make_config(
+        {
+            "run_dir": str(settings.out),
+            "model": {"policy": model},
+            "data": {"max_prompt": both - response},
+            "rollout": rollout,
+            "engine": {"micro_tokens": both},
+        }
     )
     device = distributed.device()
     return make_engine(config, model, eos_ids(model, tokenizer), training_dtype(config.model, device), device)

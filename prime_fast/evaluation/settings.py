@@ -31,7 +31,8 @@ VLLM_RESOURCES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What to evaluate; `model`, `prm`, `reference` are a run_dir, a checkpoint, or what from_pretrained takes."""
+    """What to evaluate; `model`, `prm`, `reference` are a run_dir (its newest checkpoint), a checkpoint,
+    RUN_DIR/checkpoints/best, or what from_pretrained takes."""
 
     model: str
     data: tuple[str, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -41,7 +43,7 @@ def mend(plan: Plan) -> Change | None:
             if not _fits(plan, change):
                 continue
             for key in chosen:  # back towards today's value, one setting after another
-                change[key] = next(value for value in settings[key] if _fits(plan, change | {key: value}))
+                change[key] = _mildest(plan, change, key, settings[key])
             return change
     return None
 
@@ -57,11 +59,16 @@ def apply(config: Config, change: Change) -> Config:
     return Config.model_validate(tree)
 
 
+def _mildest(plan: Plan, change: Change, key: str, values: Sequence[Any]) -> Any:
+    """The first with which it fits; with those after it it does too, and with the last it is known to."""
+    return values[bisect_left(values, True, hi=len(values) - 1, key=lambda value: _fits(plan, change | {key: value}))]
+
+
 def _fits(plan: Plan, change: Change) -> bool:
     return Plan(apply(plan.config, change), plan.ranks, plan.card, plan.on_gpu).fits
 
 
-def _settings(plan: Plan) -> dict[str, list[Any]]:
+def _settings(plan: Plan) -> dict[str, Sequence[Any]]:
     """Values to try, nearest to today's first, by the price: a smaller cache or batch and smaller packs cost a little
     speed, checkpointing a forward, offloading the transfer of every parameter and an optimizer step on the host."""
     config, settings = plan.config, {}
@@ -70,7 +77,7 @@ def _settings(plan: Plan) -> dict[str, list[Any]]:
     elif not plan.rollout.apart:
         settings[UTILIZATION] = _utilizations(plan)
     longest, now = config.data.max_prompt + config.rollout.max_response, config.engine.micro_tokens
-    settings["engine.micro_tokens"] = [n for n in range((now - 1) // GRAIN * GRAIN, 0, -GRAIN) if n >= longest]
+    settings["engine.micro_tokens"] = range((now - 1) // GRAIN * GRAIN, longest - 1, -GRAIN)
     if not config.model.gradient_checkpointing:
         settings["model.gradient_checkpointing"] = [True]
     if config.engine.offload == "none":

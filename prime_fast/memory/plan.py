@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 
 from prime_fast.config import Config
-from prime_fast.engine.checkpoint import KEEP
 from prime_fast.engine.model import training_dtype
 from prime_fast.memory import passes
 from prime_fast.memory.items import Item, total
@@ -78,8 +77,8 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """On disk: the checkpoints that are kept, and one that is being written."""
-        return (KEEP + 1) * self.checkpoint_bytes
+        """On disk: the checkpoints that are kept, the best among them, and one that is being written."""
+        return (self.config.log.keep + self.config.evaluates + 1) * self.checkpoint_bytes
 
     def trainer_peaks(self) -> dict[str, int]:
         """Bytes that torch's allocator in the trainer hands out (without a GPU: of its process, beyond what it began

@@ -7,6 +7,7 @@ import os
 import selectors
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from prime_fast.data.shapes import WHERE, named, prefill
@@ -86,14 +87,16 @@ class RewardPool:
         if abilities(reward) != ("math",):  # find out now, not after the first rollouts, that it cannot work
             self._guard(self._start_first)
 
-    def score(self, responses: list[str], rows: list[dict]) -> list[float]:
+    def score(self, responses: list[str], rows: list[dict], tick: Callable[[], None] = lambda: None) -> list[float]:
         """The outcome in [0, 1] of each response (text) to its row (verl shape), in order; as `judge`."""
-        return [verdict.outcome for verdict in self.judge(responses, rows)]
+        return [verdict.outcome for verdict in self.judge(responses, rows, tick)]
 
-    def judge(self, responses: list[str], rows: list[dict], *, quiet: bool = False) -> list[Verdict]:
+    def judge(
+        self, responses: list[str], rows: list[dict], tick: Callable[[], None] = lambda: None, quiet: bool = False
+    ) -> list[Verdict]:
         """The verdict on each response (text) to its row (verl shape), in order. A built-in reward grades the
-        answer that a prompt begins together with the response that continues it. The pool's first error is logged,
-        unless `quiet`.
+        answer that a prompt begins together with the response that continues it. `tick` is called after each. The
+        pool's first error is logged, unless `quiet`.
 
         Raises ValueError if a row cannot be scored by this reward, or the reward function returns anything but a finite
         number in [0, 1], which the PRM's cross-entropy needs.
@@ -102,7 +105,7 @@ class RewardPool:
             raise ValueError(f"{len(responses)} responses for {len(rows)} rows")
         if self.reward in BUILT_IN:
             _check_rows(rows, self.reward)
-        verdicts = self._guard(self._judge, responses, rows)
+        verdicts = self._guard(self._judge, responses, rows, tick)
         errors = (i for i, verdict in enumerate(verdicts) if verdict.failure == "errors")
         if not (quiet or self._told) and (first := next(errors, None)) is not None:
             self._told = True
@@ -125,7 +128,7 @@ class RewardPool:
     def __exit__(self, *exception):
         self.close()
 
-    def _judge(self, responses, rows):
+    def _judge(self, responses, rows, tick):
         verdicts, waiting, left = [None] * len(rows), deque(range(len(rows))), len(rows)
         self._wait(0)  # notices workers that died since the last call
         while left:
@@ -139,6 +142,7 @@ class RewardPool:
             for sample, reply in self._wait():
                 verdicts[sample] = self._verdict(reply, rows[sample], f"row {sample} of the batch")
                 left -= 1
+                tick()
         return verdicts
 
     def _request(self, response, row):

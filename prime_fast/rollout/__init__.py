@@ -12,6 +12,7 @@ from torch import Tensor
 from prime_fast.config import Config
 from prime_fast.engine.batch import Sample
 from prime_fast.engine.distributed import Stop
+from prime_fast.progress import progress
 
 
 class Request(NamedTuple):
@@ -92,10 +93,11 @@ def make_engine(
     config: Config, path: str, eos_ids: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> RolloutEngine:
     """The engine that config.rollout asks for, with the weights at `path`."""
-    if config.rollout.engine == "vllm":
-        from prime_fast.rollout.process import EngineProcess
+    with progress(f"starting the rollout engine ({config.rollout.engine})", at_once=True):
+        if config.rollout.engine == "vllm":
+            from prime_fast.rollout.process import EngineProcess
 
-        return EngineProcess.for_config(config, path, eos_ids, dtype, device)
-    from prime_fast.rollout.hf import HFEngine
+            return EngineProcess.for_config(config, path, eos_ids, dtype, device)
+        from prime_fast.rollout.hf import HFEngine
 
-    return HFEngine(path, eos_ids, dtype=dtype, device=device, batch=config.rollout.batch)
+        return HFEngine(path, eos_ids, dtype=dtype, device=device, batch=config.rollout.batch)

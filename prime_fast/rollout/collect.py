@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from prime_fast.engine.batch import Group, Sample
 from prime_fast.engine.distributed import Stop
 from prime_fast.metrics import Phases
 from prime_fast.prime import keep_groups
+from prime_fast.progress import progress
 from prime_fast.rewards import RewardPool
 from prime_fast.rewards.pool import Verdict
 from prime_fast.rollout import Request, failures
@@ -52,8 +53,14 @@ class Collector:
         self.pass_rate = 1.0  # of the last step's groups; at first no group too many is started
         self.surplus: list[Group] = []
         self.rows_in_work: dict[int, tuple[int, dict]] = {}  # of this rank: key -> (index, row)
+        self.tick: Callable[..., None] = lambda *_, **__: None  # told of groups that start and finish
 
     def collect(self, phases: Phases) -> tuple[list[Group], dict[str, float], list[Group]]:
+        """`_collect`, which tells how far it is."""
+        with progress("rollouts", 0, "groups") as self.tick:
+            return self._collect(phases)
+
+    def _collect(self, phases: Phases) -> tuple[list[Group], dict[str, float], list[Group]]:
         """Groups to train on (at most config.prompts), metrics of all fresh rollouts, and those fresh groups.
 
         At most config.max_rounds * config.prompts prompts are started. Identical on every rank. Raises Stop where the
@@ -84,8 +91,9 @@ class Collector:
         """One greedy response to each of `rows`, in their order."""
         self._submit({i: (i, [0]) for i in range(len(rows))}, rows, temperature=0.0)
         groups, phases = {}, Phases()
-        while len(groups) < len(rows):
-            groups |= {group.id: group for group in self._tick(phases)}
+        with progress("evaluating", len(rows), "problems") as self.tick:
+            while len(groups) < len(rows):
+                groups |= {group.id: group for group in self._tick(phases)}
         return [groups[i] for i in range(len(rows))]
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,6 +129,7 @@ class Collector:
             return
         draws = enumerate(self.sampler.take(count), start=self.drawn)
         self.drawn += count
+        self.tick(0, more=count)
         jobs = {id_: (row, [self._seed(id_, k) for k in range(self.config.samples)]) for id_, row in draws}
         self._submit(jobs, self.rows, self.config.temperature)
 
@@ -149,7 +158,9 @@ class Collector:
         for _, problem in everywhere:
             if problem:
                 raise Stop(problem)
-        return [group for groups, _ in everywhere for group in groups]
+        groups = [group for groups, _ in everywhere for group in groups]
+        self.tick(len(groups), tokens=sum(len(sample.tokens) for group in groups for sample in group.samples))
+        return groups
 
     def _worth_training(self, group: Group) -> bool:
         outcome = torch.tensor(group.outcomes)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prime_fast.engine import distributed
 from prime_fast.engine.batch import Sample
+from prime_fast.progress import say
 from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, release_cached
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -121,7 +122,7 @@ class Fleet:
             raise own or EngineError(str((fatal or errors)[0]))
         self.restarts += 1
         if distributed.rank() == 0:
-            print(f"{errors[0]}; restarting it", flush=True)
+            say(f"{errors[0]}; restarting it")
         died = own is not None
         del own, errors, fatal  # their tracebacks hold the buckets of a sync
         self._together(release_cached)

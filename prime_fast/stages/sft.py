@@ -3,76 +3,142 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import prime_kernels
-from prime_fast.config import Config, OptimizerConfig
+from prime_fast.config import Config
 from prime_fast.data.models import load_tokenizer
-from prime_fast.data.rows import PromptSampler, load_demonstrations
-from prime_fast.engine import distributed, packing
+from prime_fast.data.rows import PromptSampler, Rows, load_demonstrations
+from prime_fast.engine import checkpoint, distributed, packing
+from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine
 from prime_fast.metrics import MetricsLog, peak_gib
+from prime_fast.preflight import sample_evenly
+from prime_fast.progress import progress
+from prime_fast.schedule import learning_rate
+from prime_fast.trainer import MAX_FAILED
 
-WARMUP_SHARE = 0.05
+STAGE = "sft"  # whose checkpoints they are
 
 
-def sft(config: Config, device: torch.device, log: MetricsLog | None) -> Path:
-    """Train config.sft.steps optimizer steps on the demonstrations; returns the Hugging Face directory written."""
-    section = config.sft
-    tokenizer = load_tokenizer(config.model.policy)
-    rows = load_demonstrations(
-        section.data,
-        tokenizer,
-        max_tokens=config.data.max_prompt + config.rollout.max_response,
-        response=section.response,
-        drop=config.data.drop,
-        template=config.data.template,
-        template_args=config.data.template_args,
-    )
-    if distributed.rank() == 0:
-        print(rows)
-    optimizer = OptimizerConfig(
-        lr=section.lr, weight_decay=config.policy.weight_decay, grad_clip=config.policy.grad_clip
-    )
-    engine = Engine("sft", config.model.policy, config.model, config.engine, optimizer, device)
-    sampler = PromptSampler(len(rows), config.seed)
-    warmup = max(1, round(WARMUP_SHARE * section.steps))
-    for step in range(1, section.steps + 1):
-        started = time.perf_counter()
-        demonstrations = [rows[i] for i in sampler.take(section.mini_batch)]
-        prompts = [torch.tensor(row["prompt_ids"]) for row in demonstrations]
-        responses = [torch.tensor(row["response_ids"]) for row in demonstrations]
-        loss = accumulate_nll(engine, prompts, responses, config.engine.micro_tokens)
-        result = engine.step(section.lr * min(1.0, step / warmup))
-        if not result.applied:
-            raise ValueError(f"step {step}: the loss is not finite; lower sft.lr or check sft.data")
+class Sft:
+    """Trains a policy on demonstrations; RUN_DIR/model gets the last weights, checkpoints/best the ones with the lowest
+    validation loss."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(config.model.policy)
+        self.rows = self._load(config.sft.data)
+        files = [self._load([path]) for path in config.sft.eval]
+        parts = sample_evenly(files, config.data.eval_rows)
+        if distributed.rank() == 0:
+            print(f"sft: {self.rows}")
+            for rows, part in zip(files, parts, strict=True):
+                print(f"eval: {len(part)} of {rows}" + ", a fixed random sample" * (len(part) < len(rows)))
+        self.held_out: list[dict] = sum(parts, [])
+        self.sampler = PromptSampler(len(self.rows), config.seed)
+        self.engine = Engine(STAGE, config.model.policy, config.model, config.engine, config.sft, device)
+        self.counts = {"skipped": 0, "failed_in_a_row": 0}
+
+    def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
+        """Train to config.sft.steps. `log` is given on rank 0. Raises Stop, after a checkpoint, where updates fail."""
+        section, every = self.config.sft, self.config.log
+        evaluates = bool(self.held_out) and every.eval_every > 0
+        if first_step == 1 and evaluates:
+            self._write(log, {"step": 0, "eval_loss": self.validation_loss()})
+        for step in range(first_step, section.steps + 1):
+            record, last = self.step(step), step == section.steps
+            if evaluates and (step % every.eval_every == 0 or last):
+                record["eval_loss"] = self.validation_loss()
+            self._write(log, record)
+            stops = self.counts["failed_in_a_row"] >= MAX_FAILED
+            if last or stops or (every.checkpoint_every and step % every.checkpoint_every == 0):
+                self.save(step, record.get("eval_loss"))
+            if stops:
+                raise distributed.Stop(
+                    f"{MAX_FAILED} steps in a row were skipped: the loss or its gradient is not finite; "
+                    "lower sft.lr or check sft.data"
+                )
+        self.engine.save_hf(self.directory, self.tokenizer)
+
+    @property
+    def directory(self) -> Path:
+        """Where the trained model goes, for from_pretrained."""
+        return Path(self.config.run_dir) / "model"
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns its metrics."""
+        section, started = self.config.sft, time.perf_counter()
+        prompts, responses = _tensors([self.rows[i] for i in self.sampler.take(section.mini_batch)])
+        loss = accumulate_nll(self.engine, prompts, responses, self.config.engine.micro_tokens)
+        lr = learning_rate(section, step, section.steps)
+        result = self.engine.step(lr)
+        self.counts["skipped"] += not result.applied
+        self.counts["failed_in_a_row"] = 0 if result.applied else self.counts["failed_in_a_row"] + 1
         seconds = time.perf_counter() - started
         tokens = sum(map(len, prompts)) + sum(map(len, responses))
-        record = {"step": step, "loss": loss, "grad_norm": result.grad_norm, "tokens_per_second": tokens / seconds}
-        record |= {"peak_memory_gib": distributed.max_(peak_gib()), "seconds": seconds}
+        record = {"step": step, "loss": loss, "grad_norm": result.grad_norm, "lr": lr}
+        record |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": distributed.max_(peak_gib())}
+        return record | {"seconds": seconds, "skipped": self.counts["skipped"]}
+
+    def validation_loss(self) -> float:
+        """Mean negative log-likelihood of the held-out responses, nats per token."""
+        return response_nll(self.engine, *_tensors(self.held_out), self.config.engine.micro_tokens)
+
+    def save(self, step: int, eval_loss: float | None = None) -> None:
+        """eval_loss: of these very weights."""
+        state = {"stage": STAGE, "sampler": self.sampler.state_dict(), "counts": dict(self.counts)}
+        checkpoint.save(
+            Path(self.config.run_dir),
+            step,
+            {"policy": self.engine},
+            self.tokenizer,
+            state,
+            keep=self.config.log.keep,
+            score=None if eval_loss is None else -eval_loss,
+        )
+
+    def restore(self, directory: Path) -> int:
+        """Continue from a checkpoint; returns the step to do next."""
+        state = checkpoint.load(directory, {"policy": self.engine}, STAGE)
+        self.sampler.load_state_dict(state["sampler"])
+        self.counts = state["counts"]
+        return state["step"] + 1
+
+    def close(self) -> None:
+        """There is nothing to release."""
+
+    def _load(self, paths: list[str]) -> Rows:
+        config = self.config
+        return load_demonstrations(
+            paths,
+            self.tokenizer,
+            max_tokens=config.data.max_prompt + config.rollout.max_response,
+            response=config.sft.response,
+            drop=config.data.drop,
+            template=config.data.template,
+            template_args=config.data.template_args,
+        )
+
+    def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
         if log is not None:
             log.write(record)
             log.progress(record)
-    directory = Path(config.run_dir) / "model"
-    engine.save_hf(directory, tokenizer)
-    return directory
 
 
-def accumulate_nll(
-    engine: Engine, prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor], micro_tokens: int
-) -> float:
+def accumulate_nll(engine: Engine, prompts: Sequence[Tensor], responses: Sequence[Tensor], micro_tokens: int) -> float:
     """Backward of the mean negative log-likelihood (nats per response token) over all ranks' rows; returns it."""
-    offsets = [0, *accumulate(map(len, responses))]
-    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
-    weight = torch.full((offsets[-1],), distributed.world_size() / offsets[-1], device=engine.device)
+    total = sum(map(len, responses))
+    weight = torch.full((total,), distributed.world_size() / total, device=engine.device)
     nll = torch.zeros((), device=engine.device)
-    for ranks in packing.plan(lengths, micro_tokens, distributed.world_size()):
-        pack = packing.pack(ranks[distributed.rank()], prompts, responses, offsets).to(engine.device)
+    for pack in _packs("training", engine, prompts, responses, micro_tokens):
         token_weight = pack.select(weight)
         # cross-entropy is the on-policy loss with advantage 1: the same gradient, three GEMMs instead of four
         op = partial(_nll, targets=pack.targets, token_weight=token_weight)
@@ -82,6 +148,38 @@ def accumulate_nll(
     return float(distributed.sum_(nll)) / distributed.world_size()
 
 
+@torch.no_grad()
+def response_nll(engine: Engine, prompts: Sequence[Tensor], responses: Sequence[Tensor], micro_tokens: int) -> float:
+    """The same mean, without a gradient; summed in float64, for there may be many rows."""
+    nll = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for pack in _packs("evaluating", engine, prompts, responses, micro_tokens):
+        op = partial(_logprob, targets=pack.targets)
+        nll -= engine.run(pack, op)[: len(pack.token_index)].double().sum()
+    return float(distributed.sum_(nll)) / sum(map(len, responses))
+
+
+def _packs(
+    what: str, engine: Engine, prompts: Sequence[Tensor], responses: Sequence[Tensor], micro_tokens: int
+) -> Iterator[Pack]:
+    """This rank's share of all ranks' rows."""
+    offsets = [0, *accumulate(map(len, responses))]
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
+    micros = packing.plan(lengths, micro_tokens, distributed.world_size(), engine.attention)
+    with progress(what, len(micros), "micro-batches") as tick:
+        for ranks in micros:
+            yield packing.pack(ranks[distributed.rank()], prompts, responses, offsets).to(engine.device)
+            tick()
+
+
+def _tensors(rows: Sequence[dict]) -> tuple[list[Tensor], list[Tensor]]:
+    """Prompts and responses."""
+    return [torch.tensor(row["prompt_ids"]) for row in rows], [torch.tensor(row["response_ids"]) for row in rows]
+
+
 def _nll(hidden, weight, bias, *, targets, token_weight):
     ones = torch.ones_like(token_weight)
     return prime_kernels.linear_policy_loss(hidden, weight, targets, None, ones, token_weight, bias=bias)
+
+
+def _logprob(hidden, weight, bias, *, targets):
+    return prime_kernels.linear_logprob(hidden, weight, targets, bias=bias)

@@ -56,8 +56,8 @@ def print_dry_run(config: Config, ranks: int, console: Console, card: int | None
     console.print(
         f"{r.prompts} prompts x {r.samples} samples, up to {config.data.max_prompt} + {r.max_response} tokens each; "
         f"micro-batches of {config.engine.micro_tokens} tokens per GPU; {config.steps} steps.\n"
-        f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with those that are kept "
-        "and one being written."
+        f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with the newest "
+        f"{config.log.keep} that are kept{', the best' if config.evaluates else ''} and one being written."
     )
     if card is None:
         return True

@@ -74,7 +74,7 @@ class Panel(NamedTuple):
 
 PANELS = [
     Panel("Held-out accuracy (greedy)", ("eval_accuracy",), percent=True, exact=True),
-    Panel("SFT loss (nats per token)", ("loss",)),
+    Panel("SFT loss (nats per token)", ("loss", "eval_loss")),
     Panel("Training outcome, all rollouts", ("outcome",), percent=True),
     Panel("PRM pair accuracy", ("prm_pair_accuracy",), percent=True, guide=(0.5, "chance"), from_zero=False),
     Panel("PRM loss (nats per response)", ("prm_loss",), guide=(math.log(2), "ln 2"), from_zero=False),
@@ -175,7 +175,7 @@ def _draw(runs: Runs) -> Figure:
         _draw_panel(figure.add_subplot(grid[cell]), runs, panel)
     if phases:
         _draw_phases(figure.add_subplot(grid[phase_row, phase_column:]), runs)
-    _headline(figure, large, runs, "SFT loss *" if first.keys == ("loss",) else "held-out accuracy")
+    _headline(figure, large, runs, "SFT loss *" if first.keys[0] == "loss" else "held-out accuracy")
     return figure
 
 
@@ -270,6 +270,7 @@ def _results(records: list[dict]) -> dict[str, str]:
         "training outcome *": _first_to_last(series(trained, "outcome")[1], ENDS),
         "PRM pair accuracy *": _first_to_last(series(trained, "prm_pair_accuracy")[1], ENDS),
         "SFT loss *": _first_to_last(series(trained, "loss")[1], ENDS, ".3f"),
+        "validation loss": _first_to_last(series(records, "eval_loss")[1], 1, ".3f"),
         "steps": str(records[-1]["step"]),
         "rollouts": f"{rollouts[-1]:,}" if rollouts else "",
         "tokens per second": f"{_mean(speed):,.0f}" if speed else "",

@@ -26,6 +26,7 @@ import prime_kernels
 from prime_fast.engine import model as engine_model
 from prime_fast.engine.model import PackedLM
 from prime_fast.engine.packing import pack
+from prime_fast.engine.zero import attention_share
 
 SHAPE = dict(
     vocab_size=41,
@@ -295,3 +296,23 @@ def test_attention_that_asks_for_more_is_refused(what):
         engine_model.packed_attention(
             module, tensor, tensor, tensor, scaling=1.0, layout=part.layout, **{"attention_mask": None} | more
         )
+
+
+def test_the_share_of_attention_is_that_of_its_flops(workspace):
+    """Against torch's own count of a forward, of whose attention causality leaves half out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    lm = AutoModelForCausalLM.from_pretrained(workspace / "model", attn_implementation="eager")
+    for parameter in lm.parameters():
+        parameter.ds_numel = parameter.numel()
+    counts = []
+    for length in (40, 80):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            lm.base_model(torch.zeros(1, length, dtype=torch.int64))
+        total, attends = counter.get_total_flops(), 0
+        for operator, flops in counter.get_flop_counts()["Global"].items():
+            attends += flops * ("bmm" in str(operator))
+        counts.append((total - attends / 2, length))
+    (short, n), (long, m) = counts
+    share = attention_share(lm)
+    assert long / short == pytest.approx(m * (1 + share * m) / (n * (1 + share * n)), rel=1e-2)

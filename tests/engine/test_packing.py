@@ -3,15 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_fast.engine.packing import efficiency, pack, plan
+from prime_fast.engine.packing import efficiency, pack, plan, work
 
 lengths_strategy = st.lists(st.integers(1, 60), min_size=0, max_size=80)
 
 
-@given(lengths_strategy, st.integers(60, 300), st.integers(1, 5))
+@given(lengths_strategy, st.integers(60, 300), st.integers(1, 5), st.sampled_from([0.0, 1e-3, 1.0]))
 @settings(deadline=None)
-def test_plan_places_every_row_once_within_the_budget(lengths, budget, ranks):
-    micros = plan(lengths, budget, ranks)
+def test_plan_places_every_row_once_within_the_budget(lengths, budget, ranks, attention):
+    micros = plan(lengths, budget, ranks, attention)
     rows = [row for micro in micros for share in micro for row in share]
     assert sorted(rows) == list(range(len(lengths)))
     assert all(len(micro) == ranks for micro in micros)
@@ -24,6 +24,22 @@ def test_plan_is_balanced_on_long_tailed_lengths():
     micros = plan(lengths, 16384, 8)
     assert efficiency(micros, lengths) >= 0.97
     assert len(micros) == -(-sum(lengths) // (16384 * 8))
+
+
+@pytest.mark.parametrize(("longest", "gain"), [(16384, 1.02), (32768, 1.03), (65536, 1.08)])
+def test_long_rows_are_balanced_by_their_work(longest, gain):
+    """Qwen2.5-7B on 8 ranks: a step's time is the sum of the busiest ranks' work."""
+    attention = 3584 * 28 / 6.5e9
+    draw = torch.randn(512, generator=torch.Generator().manual_seed(2))
+    lengths = ((0.9 * draw).exp() * longest / 4).clamp(64, longest).int().tolist()
+    budget = max(16384, longest)
+
+    def time(micros):
+        return sum(max(sum(work(lengths[row], attention) for row in rows) for rows in ranks) for ranks in micros)
+
+    by_tokens, by_work = plan(lengths, budget, 8), plan(lengths, budget, 8, attention)
+    assert efficiency(by_work, lengths, attention) >= 0.97
+    assert time(by_tokens) / time(by_work) > gain
 
 
 def test_a_rank_without_rows_gets_an_empty_share():

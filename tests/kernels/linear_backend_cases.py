@@ -77,27 +77,37 @@ def test_logprob_and_entropy(backend, rows_of_a_chunk, head):
 
 
 @pytest.mark.parametrize("head", ["plain", "all"])
-@pytest.mark.parametrize("variant", ["ppo", "on-policy", "entropy", "kl", "all"])
+@pytest.mark.parametrize("variant", ["ppo", "on-policy", "entropy", "kl", "all", "capped", "capped on-policy"])
 def test_policy_loss(backend, rows_of_a_chunk, head, variant):
     options = dict(HEADS[head])
     hidden, weight, bias, targets = make(bias=options.pop("bias", False))
     hidden_, weight_, bias_ = doubled(hidden, weight, bias)
     old, advantage, token_weight, ref = vectors()
     logprob = linear_logprob(hidden_, weight_, targets, bias=bias_, **options).detach()
-    old = None if variant == "on-policy" else (logprob + 0.5 * (old + 5)).float()  # on both sides of the clip
+    on_policy = variant.endswith("on-policy")
+    sampling = (logprob + torch.linspace(-1.5, 1.5, 23)).float() if variant.startswith("capped") else None
+    old = None if on_policy else (logprob + 0.5 * (old + 5)).float()  # on both sides of the clip
     ref = (logprob + ref + 5).float()
     kwargs = options | {
         "clip_low": 0.1,
         "clip_high": 0.3,
-        "entropy_coef": 0.3 if variant in ("entropy", "all") else 0.0,
-        "kl_coef": 0.7 if variant in ("kl", "all") else 0.0,
+        "entropy_coef": 0.3 if variant in ("entropy", "all", "capped on-policy") else 0.0,
+        "kl_coef": 0.7 if variant in ("kl", "all", "capped on-policy") else 0.0,
+        "importance_cap": 1.7,
     }
     rest = old, advantage, token_weight
-    got = linear_policy_loss(hidden, weight, targets, *rest, bias=bias, ref_logprob=ref, backend=backend, **kwargs)
-    rest = doubled(*rest)
-    want = linear_policy_loss(hidden_, weight_, targets, *rest, bias=bias_, ref_logprob=ref.double(), **kwargs)
+    per_token = {"ref_logprob": ref, "sampling_logprob": sampling}
+    got = linear_policy_loss(hidden, weight, targets, *rest, bias=bias, backend=backend, **per_token, **kwargs)
+    if sampling is not None:  # by hand, from log-probs known beforehand
+        base = logprob if on_policy else old.double()
+        weights = token_weight.double() * (base - sampling).exp().clamp(max=1.7)
+        assert 0.1 < (weights == 1.7 * token_weight).double().mean() < 0.9
+        rest = old, advantage, weights
+    want = linear_policy_loss(
+        hidden_, weight_, targets, *doubled(*rest), bias=bias_, ref_logprob=ref.double(), **kwargs
+    )
     close(got, want)
-    assert variant == "on-policy" or 0.1 < got.clip_fraction < 0.9
+    assert on_policy or 0.1 < got.clip_fraction < 0.9
     close_grads(grads(got.loss * -3.0, hidden, weight, bias), grads(want.loss * -3.0, hidden_, weight_, bias_), 4e-6)
 
 

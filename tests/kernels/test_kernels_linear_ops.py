@@ -43,8 +43,9 @@ def test_opcheck(backend):
         for upstream in ((vector, None), (None, vector), (vector, vector)):
             args = x.detach(), weight.detach(), None if b is None else b.detach(), targets, *upstream
             torch.library.opcheck(_logprob_backward, (*args, 0.7, cap, grads, backend))
-        args = x, weight, b, targets, vector - 4, vector, vector, vector - 4, 0.2, 0.2, 0.7, cap, 0.1, 0.1
-        torch.library.opcheck(_policy_loss, (*args, grads, backend))
+        for old, sampling in ((vector - 4, None), (None, vector - 4)):
+            args = x, weight, b, targets, old, vector, vector, vector - 4, sampling, 1.5, 0.2, 0.2, 0.7, cap, 0.1, 0.1
+            torch.library.opcheck(_policy_loss, (*args, grads, backend))
         args = x, weight, b, targets, vector, rows, cuts, rows, 0.1, cap
         torch.library.opcheck(_prm_loss, (*args, grads, backend))
 
@@ -117,10 +118,12 @@ def watched(hidden, weight, targets, cu_seqlens, backend, grads):
             weight,
             None,
             targets,
-            old,
+            None,
             old,
             old,
             None,
+            old,
+            importance_cap=2.0,
             entropy_coef=0.1,
             kl_coef=0.0,
             grads=grads,

@@ -45,7 +45,7 @@ def test_the_dry_run_says_what_fits(published, capsys):
     fits = capsys.readouterr().out
     assert "Tightest phase: checkpoint, 74.5 GiB of 79.1 GiB: fits with 4.6 GiB." in fits
     assert "holds 83.4 sequences" in fits
-    assert "198.6 GiB on disk, 595.8 GiB with" in fits
+    assert "198.6 GiB on disk, 794.4 GiB with the newest 2 that are kept, the best and one being" in fits
     for phase in ("load", "resume", "generate", "reference", "prm step", "policy", "sync", "checkpoint"):
         assert f"│ {phase} " in fits
     assert not plan.print_dry_run(published(), 8, console, card_bytes("a100-40"))

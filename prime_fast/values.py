@@ -1,0 +1,96 @@
+"""What may stand behind a key of the configuration: types with their ranges, and what is said of a wrong value."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, ValidationError
+
+LARGEST = (1 << 31) - 1  # of a count
+DAY = 86400.0  # seconds
+ANSWERS = ("solution", "reasoning", "ground_truth")  # what sft.response may name
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+
+
+def shortened(value: Any) -> str:
+    """On one line, however long, large or nested it is."""
+    return _REPR.repr(value)
+
+
+def key_of(error: dict[str, Any]) -> str:
+    """The dotted key that one of pydantic's errors is about."""
+    key = ".".join(str(part) for part in error["loc"])
+    return key if key.isprintable() and len(key) < 80 else shortened(key)
+
+
+def describe(error: dict[str, Any]) -> str:
+    """key=value: what is wrong with it."""
+    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    return f"{key_of(error)}={shortened(error['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+def check_name(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("control characters cannot be part of a path or name")
+    if len(value.encode()) > 4095 or max(len(part.encode()) for part in value.split("/")) > 255:
+        raise ValueError("no path or name is that long")
+    return value
+
+
+def _plain(value: dict) -> dict:
+    """Raises ValueError unless it is JSON as others read it: no nan, no infinity, whole characters."""
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    return value
+
+
+def _answer(template: str) -> str:
+    template.encode()
+    for _, name, specification, conversion in Formatter().parse(template):
+        if name is not None and (name not in ANSWERS or specification or conversion):
+            raise ValueError(
+                f"only {{{'}, {'.join(ANSWERS)}}} can be filled in, and braces meant literally are doubled"
+            )
+    return template
+
+
+Number = BeforeValidator(_no_bool)
+NotNegative = Annotated[int, Number, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Number, Field(gt=0, le=LARGEST)]
+Rate = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Discount = Share = Annotated[float, Number, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(check_name)]
+Paths = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain)]
+Answer = Annotated[str, AfterValidator(_answer)]
+
+
+class OwnVllmOptions(BaseModel):
+    """Those of rollout.vllm that we read ourselves; the others are for vLLM to judge. Only the types count here."""
+
+    gpus: list[NotNegative] | None = None
+    sleep_level: Literal[0, 1, 2] = 2
+    bucket_mib: Positive = 1
+    tensor_parallel_size: Annotated[int, Number, Field(gt=0, le=1024)] = 1
+    gpu_memory_utilization: Annotated[float, Number, Field(gt=0, le=1)] = 0.9
+    kv_cache_memory_bytes: Annotated[int, Number, Field(gt=0, lt=1 << 63)] | None = None
+
+
+def _vllm(value: dict) -> dict:
+    try:
+        OwnVllmOptions.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(describe(error.errors()[0])) from error
+    return value
+
+
+VllmArguments = Annotated[Arguments, AfterValidator(_vllm)]
