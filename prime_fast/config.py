@@ -22,6 +22,7 @@ from prime_fast.values import (
     Positive,
     Rate,
     Share,
+    Tokens,
     VllmArguments,
     check_name,
     describe,
@@ -68,10 +69,17 @@ class RolloutConfig(Section):
     samples: Positive = 4  # K, responses per prompt
     max_response: Positive = 3072  # tokens, EOS included
     temperature: Annotated[float, Number, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
+    # sample from the most probable tokens that make up this share
+    top_p: Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    stop: Tokens = []  # token strings or ids that end a response beside EOS, and are a part of it; each one token
     batch: Positive = 256  # sequences decoded together by one engine
     max_rounds: Positive = 8  # at most this many times `prompts` prompts are started to fill a step
     keep: tuple[Share, Share] = (0.2, 0.8)  # groups whose mean outcome lies in this closed interval train
     patience: NotNegative = 3  # steps in a row without one, after which the run ends; 0 = never
+    filter_truncated: bool = False  # groups with a truncated response do not
+    # weight updates that a group left over may have seen. 1: what one step leaves opens the next one; more is left only
+    # after the pass rate has jumped
+    max_age: NotNegative = 1
     # from a pass of their own | the update's own forward where that is the old policy | the engine
     old_logprobs: Literal["recompute", "update", "engine"] = "update"
     importance_cap: Rate = 2.0  # weight of a token: min(trainer / engine probability, cap); 0 = 1; unused with "engine"

@@ -26,6 +26,7 @@ class Group:
     prompt: tuple[int, ...]
     samples: tuple[Sample, ...]
     outcomes: tuple[float, ...]
+    version: int = 0  # of the weights that it was sampled with, see Fleet.version
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Batch:
     fresh: Tensor  # (R,) bool: sampled with the weights that are about to be updated
 
     @classmethod
-    def of(cls, groups: Sequence[Group], first_fresh: int = 0) -> Batch:
-        """first_fresh: the id from which groups are fresh; the ones before waited as surplus."""
+    def of(cls, groups: Sequence[Group], version: int = 0) -> Batch:
+        """version: of the weights that are about to be updated."""
         rows = [(group, k) for group in groups for k in range(len(group.samples))]
         samples = [group.samples[k] for group, k in rows]
         return cls(
@@ -52,7 +53,7 @@ class Batch:
             outcome=torch.tensor([group.outcomes[k] for group, k in rows], dtype=torch.float32),
             group=torch.tensor([group.id for group, _ in rows]),
             cu_seqlens=torch.tensor([0, *accumulate(len(sample.tokens) for sample in samples)], dtype=torch.int32),
-            fresh=torch.tensor([group.id >= first_fresh for group, _ in rows]),
+            fresh=torch.tensor([group.version == version for group, _ in rows]),
         )
 
     @property

@@ -23,6 +23,7 @@ class Request(NamedTuple):
     seeds: Sequence[int]  # each fixes its sample's random draws whatever else is in the batch
     max_tokens: int
     temperature: float  # 0 is greedy
+    top_p: float = 1.0  # sample from the smallest set of tokens that has at least this probability, renormalised
 
 
 class EngineError(Stop):
