@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,9 @@ from prime_fast.values import (
     key_of,
     shortened,
 )
+
+WHOLE_REWARDS = ("math", "math-strict", "code-strict", "auto-strict")  # their outcomes are 0 or 1, nothing between
+ROUNDING = 1e-6  # of means, as in prime.keep_groups
 
 
 class Section(BaseModel):
@@ -186,7 +190,8 @@ class Config(Section):
         if self.rollout.samples < 2 and self.prime.estimator in ("rloo", "grpo"):
             raise ValueError(
                 f"rollout.samples={self.rollout.samples} leaves nothing to compare with in the "
-                f"{self.prime.estimator} baseline; set rollout.samples to 2 or more, or prime.estimator=reinforce"
+                f"{self.prime.estimator} baseline; set rollout.samples to 2 or more, or prime.estimator=reinforce "
+                "and rollout.keep=[0, 1]"
             )
         if self.prime.process_weight == 0 and self.prime.outcome_weight == 0:
             raise ValueError(
@@ -213,7 +218,47 @@ class Config(Section):
         low, high = self.rollout.keep
         if low > high:
             raise ValueError(f"rollout.keep={[low, high]} must satisfy 0 <= low <= high <= 1")
+        _check_keep(self)
+        if self.rollout.top_p < 1 and self.rollout.old_logprobs == "engine":
+            raise ValueError(
+                f"rollout.top_p={self.rollout.top_p:g} makes the engine's log-probs those of the tokens left over, which "
+                "are no old log-probs of the policy; set rollout.old_logprobs=update, or rollout.top_p=1"
+            )
         return self
+
+
+def _check_keep(config: Config) -> None:
+    """Groups of outcomes that are 0 or 1 have a mean of k/K: some of those in keep must teach something.
+
+    Fractions can have any mean, so that only rewards which give none are looked at; and K = 1 with any reward, where a
+    keep between 0 and 1 would choose responses by their outcome instead of prompts by their difficulty.
+    """
+    (low, high), count, prime = config.rollout.keep, config.rollout.samples, config.prime
+    if count > 1 and config.reward.function not in WHOLE_REWARDS:
+        return
+    kept = [k for k in range(count + 1) if low - ROUNDING <= k / count <= high + ROUNDING]
+    mixed, alike = any(0 < k < count for k in kept), {k > 0 for k in kept if k in (0, count)}
+    if prime.process_weight > 0:
+        teaches = bool(kept)  # the process reward tells responses of one outcome apart
+    elif prime.estimator == "reinforce":
+        teaches = mixed or (alike == {True, False} if prime.whiten else True in alike)
+    else:
+        teaches = mixed
+    if teaches:
+        return
+    wider = [0, 1]
+    if count > 1:
+        k = min(range(1, count), key=lambda k: max(low - k / count, k / count - high))
+        wider = [min(low, math.floor(100 * k / count) / 100), max(high, math.ceil(100 * k / count) / 100)]
+    what = (
+        f"only groups whose outcomes are all {'alike' if len(alike) > 1 else int(True in alike)}"
+        if kept
+        else "no group"
+    )
+    raise ValueError(
+        f"rollout.keep={[low, high]} keeps {what} where each of rollout.samples={count} outcomes is 0 or 1, and nothing "
+        f"would be learnt; set rollout.keep={wider}"
+    )
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from prime_fast import passes
 from prime_fast.config import Config
-from prime_fast.data.models import eos_ids, load_tokenizer, model_config
+from prime_fast.data.models import eos_ids, load_tokenizer, model_config, stop_ids
 from prime_fast.data.rows import Rows, load_rows
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch, Group
@@ -29,7 +29,7 @@ CHECK_PROMPTS, CHECK_TOKENS = 4, 32  # prompts per rollout engine
 @dataclass(frozen=True)
 class Inputs:
     tokenizer: Any
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]  # what ends a response: rollout.stop too
     train: Rows
     eval: list[dict] | None
 
@@ -45,6 +45,8 @@ def load_inputs(config: Config) -> Inputs:
             "lower one of them"
         )
     tokenizer = load_tokenizer(config.model.policy)
+    ends = eos_ids(config.model.policy, tokenizer)
+    stops = stop_ids(config.rollout.stop, tokenizer, model.vocab_size)
     for key in ("prm", "reference"):
         path = getattr(config.model, key)
         if path is not None:
@@ -65,7 +67,7 @@ def load_inputs(config: Config) -> Inputs:
         print(f"train: {train}")
         for rows, part in zip(files, parts, strict=True):
             print(f"eval: {len(part)} of {rows}" + ", a fixed random sample" * (len(part) < len(rows)))
-    return Inputs(tokenizer, eos_ids(config.model.policy, tokenizer), train, sum(parts, []) or None)
+    return Inputs(tokenizer, (*ends, *stops), train, sum(parts, []) or None)
 
 
 def sample_evenly(files: Sequence[Rows], limit: int) -> list[list[dict]]:

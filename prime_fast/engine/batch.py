@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    tokens: Tensor  # (L,) int64, ends with EOS unless truncated
-    logprob: Tensor  # (L,) float32 nats, under the engine's weights, after temperature
-    truncated: bool  # max_tokens was reached before EOS
+    tokens: Tensor  # (L,) int64, ends with EOS or a stop token unless truncated
+    logprob: Tensor  # (L,) float32 nats, of what the engine sampled from: its weights, after temperature and top-p
+    truncated: bool  # max_tokens was reached before an end
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,17 @@ class RolloutEngine:
         """Release everything."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], *, max_tokens: int, temperature: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
     ) -> list[list[Sample]]:
         """len(seeds[i]) samples of prompt i."""
         for key, (prompt, row) in enumerate(zip(prompts, seeds, strict=True)):
-            self.submit(Request(key, prompt, row, max_tokens, temperature))
+            self.submit(Request(key, prompt, row, max_tokens, temperature, top_p))
         results: dict[int, list[Sample]] = {}
         while len(results) < len(prompts):
             results.update(self.step())

@@ -102,7 +102,9 @@ class Collector:
         self.sampler.load_state_dict(state["sampler"])
         self.drawn, self.seen, self.fleet.version = state["drawn"], tuple(state["seen"]), state["version"]
         self.surplus = [
-            Group(id_, row, tuple(prompt), tuple(Sample(*sample) for sample in samples), tuple(outcomes), version=version)
+            Group(
+                id_, row, tuple(prompt), tuple(Sample(*sample) for sample in samples), tuple(outcomes), version=version
+            )
             for id_, row, prompt, samples, outcomes, version in state["surplus"]
         ]
 

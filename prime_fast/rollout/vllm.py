@@ -58,7 +58,8 @@ def check_installed() -> None:
 class VLLMEngine(RolloutEngine):
     """vLLM in this process: prefix caching on, so that the samples of a prompt share its prefill.
 
-    Log-probs are vLLM's `processed_logprobs`: after temperature, over the whole vocabulary (greedy: temperature 1).
+    Log-probs are vLLM's `processed_logprobs`: of the distribution that was sampled from, after temperature and top-p
+    (greedy: the model's own).
     vLLM changes the process it runs in (threads, signal handlers, process group), so the trainer runs this class in one
     of its own: `process.EngineProcess`.
 
@@ -116,6 +117,7 @@ class VLLMEngine(RolloutEngine):
         for k, seed in enumerate(request.seeds):
             sampling = SamplingParams(
                 temperature=request.temperature,
+                top_p=request.top_p,
                 seed=seed,
                 max_tokens=request.max_tokens,
                 logprobs=0,  # the sampled token's own
