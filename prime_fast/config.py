@@ -221,8 +221,8 @@ class Config(Section):
         _check_keep(self)
         if self.rollout.top_p < 1 and self.rollout.old_logprobs == "engine":
             raise ValueError(
-                f"rollout.top_p={self.rollout.top_p:g} makes the engine's log-probs those of the tokens left over, which "
-                "are no old log-probs of the policy; set rollout.old_logprobs=update, or rollout.top_p=1"
+                f"rollout.top_p={self.rollout.top_p:g} makes the engine's log-probs those of the most probable tokens "
+                "alone, which are no old log-probs of the policy; set rollout.old_logprobs=update, or rollout.top_p=1"
             )
         return self
 
@@ -234,9 +234,9 @@ def _check_keep(config: Config) -> None:
     keep between 0 and 1 would choose responses by their outcome instead of prompts by their difficulty.
     """
     (low, high), count, prime = config.rollout.keep, config.rollout.samples, config.prime
-    if count > 1 and config.reward.function not in WHOLE_REWARDS:
-        return
     kept = [k for k in range(count + 1) if low - ROUNDING <= k / count <= high + ROUNDING]
+    if config.reward.function not in WHOLE_REWARDS and (count > 1 or kept):
+        return
     mixed, alike = any(0 < k < count for k in kept), {k > 0 for k in kept if k in (0, count)}
     if prime.process_weight > 0:
         teaches = bool(kept)  # the process reward tells responses of one outcome apart
@@ -250,13 +250,9 @@ def _check_keep(config: Config) -> None:
     if count > 1:
         k = min(range(1, count), key=lambda k: max(low - k / count, k / count - high))
         wider = [min(low, math.floor(100 * k / count) / 100), max(high, math.ceil(100 * k / count) / 100)]
-    what = (
-        f"only groups whose outcomes are all {'alike' if len(alike) > 1 else int(True in alike)}"
-        if kept
-        else "no group"
-    )
+    what = f"only groups whose outcomes are all {max(alike):d}" if kept else "no group"
     raise ValueError(
-        f"rollout.keep={[low, high]} keeps {what} where each of rollout.samples={count} outcomes is 0 or 1, and nothing "
+        f"rollout.keep={[low, high]} keeps {what} where each of rollout.samples={count} outcomes is 0 or 1, so nothing "
         f"would be learnt; set rollout.keep={wider}"
     )
 

@@ -147,7 +147,7 @@ class Trainer:
                 ref_logprob=None if self.reference is None else ref_logprob[temperature],
                 importance_cap=0.0 if config.rollout.old_logprobs == "engine" else config.rollout.importance_cap,
                 temperature=temperature,
-                top_p=1.0,
+                top_p=config.rollout.top_p,
                 config=config.policy,
                 lr=lr,
             )

@@ -49,8 +49,7 @@ def stop_ids(stop: Sequence[int | str], tokenizer: Any, vocabulary: int) -> tupl
         found = [token] if isinstance(token, int) else tokenizer.encode(token, add_special_tokens=False)
         if len(found) != 1:
             raise ValueError(
-                f"rollout.stop={token!r} is {len(found)} tokens of this vocabulary; give one that is a single token, or "
-                "the id of one"
+                f"rollout.stop={token!r} is {len(found)} tokens of this vocabulary; give a single one, or its id"
             )
         if not 0 <= found[0] < vocabulary:
             raise ValueError(f"rollout.stop={token} is not in the model's vocabulary of {vocabulary} tokens")
