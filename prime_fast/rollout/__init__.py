@@ -97,14 +97,20 @@ def release_cached() -> None:
 
 
 def make_engine(
-    config: Config, path: str, eos_ids: Sequence[int], dtype: torch.dtype, device: torch.device
+    config: Config,
+    path: str,
+    eos_ids: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trains: bool = True,
 ) -> RolloutEngine:
-    """The engine that config.rollout asks for, with the weights at `path`."""
+    """The engine that config.rollout asks for, with the weights at `path`; trains: others will follow."""
     with progress(f"starting the rollout engine ({config.rollout.engine})", at_once=True):
         if config.rollout.engine == "vllm":
             from prime_fast.rollout.process import EngineProcess
 
-            return EngineProcess.for_config(config, path, eos_ids, dtype, device)
+            return EngineProcess.for_config(config, path, eos_ids, dtype, device, trains=trains)
         from prime_fast.rollout.hf import HFEngine
 
         return HFEngine(path, eos_ids, dtype=dtype, device=device, batch=config.rollout.batch)
