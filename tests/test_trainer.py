@@ -248,7 +248,7 @@ def first_moments(engine):
 
 OPTIONS = [
     ["rollout.samples=1", "prime.estimator=reinforce", "rollout.keep=[0, 1]"],
-    ["rollout.top_p=0.8", "rollout.stop=[\"4\", 7]"],
+    ["rollout.top_p=0.8", 'rollout.stop=["4", 7]'],
     ["prime.update=before"],
     ["prime.reference=policy"],
     ["prime.process_weight=0"],

@@ -302,13 +302,9 @@ def test_a_model_without_attention_on_a_cpu_is_refused_in_one_sentence(workspace
     assert "no attention for heads of 16" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "hint"),
-    [("{gpu_memory_utilisation: 0.3}", "did you mean gpu_memory_utilization?"), ("{foo: 1}", "take it out")],
-)
-def test_an_unknown_argument_is_refused_in_one_sentence(options, hint, workspace, tmp_path, capsys):
-    assert train(workspace, tmp_path / "run", f"rollout.vllm={options}") == 2
-    name = options[1:].partition(":")[0]
+def test_an_unknown_argument_is_refused_in_one_sentence(workspace, tmp_path, capsys):
+    assert train(workspace, tmp_path / "run", "rollout.vllm={gpu_memory_utilisation: 0.3}") == 2
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "rollout.vllm" in line]
-    assert f"rollout.vllm.{name} is no argument of this vLLM's LLM class; {hint}" in sentence
+    mistake = "rollout.vllm.gpu_memory_utilisation is no argument of this vLLM's LLM class"
+    assert f"{mistake}; did you mean gpu_memory_utilization?" in sentence
     assert not (tmp_path / "run").exists()
