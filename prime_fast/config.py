@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,12 +23,16 @@ from prime_fast.values import (
     Positive,
     Rate,
     Share,
+    Tokens,
     VllmArguments,
     check_name,
     describe,
     key_of,
     shortened,
 )
+
+WHOLE_REWARDS = ("math", "math-strict", "code-strict", "auto-strict")  # their outcomes are 0 or 1, nothing between
+ROUNDING = 1e-6  # of means, as in prime.keep_groups
 
 
 class Section(BaseModel):
@@ -68,10 +73,17 @@ class RolloutConfig(Section):
     samples: Positive = 4  # K, responses per prompt
     max_response: Positive = 3072  # tokens, EOS included
     temperature: Annotated[float, Number, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
+    # sample from the most probable tokens that make up this share
+    top_p: Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    stop: Tokens = []  # token strings or ids that end a response beside EOS, and are a part of it; each one token
     batch: Positive = 256  # sequences decoded together by one engine
     max_rounds: Positive = 8  # at most this many times `prompts` prompts are started to fill a step
     keep: tuple[Share, Share] = (0.2, 0.8)  # groups whose mean outcome lies in this closed interval train
     patience: NotNegative = 3  # steps in a row without one, after which the run ends; 0 = never
+    filter_truncated: bool = False  # groups with a truncated response do not
+    # weight updates that a group left over may have seen. 1: what one step leaves opens the next one; more is left only
+    # after the pass rate has jumped
+    max_age: NotNegative = 1
     # from a pass of their own | the update's own forward where that is the old policy | the engine
     old_logprobs: Literal["recompute", "update", "engine"] = "update"
     importance_cap: Rate = 2.0  # weight of a token: min(trainer / engine probability, cap); 0 = 1; unused with "engine"
@@ -181,7 +193,8 @@ class Config(Section):
         if self.rollout.samples < 2 and self.prime.estimator in ("rloo", "grpo"):
             raise ValueError(
                 f"rollout.samples={self.rollout.samples} leaves nothing to compare with in the "
-                f"{self.prime.estimator} baseline; set rollout.samples to 2 or more, or prime.estimator=reinforce"
+                f"{self.prime.estimator} baseline; set rollout.samples to 2 or more, or prime.estimator=reinforce "
+                "and rollout.keep=[0, 1]"
             )
         if self.prime.process_weight == 0 and self.prime.outcome_weight == 0:
             raise ValueError(
@@ -208,7 +221,43 @@ class Config(Section):
         low, high = self.rollout.keep
         if low > high:
             raise ValueError(f"rollout.keep={[low, high]} must satisfy 0 <= low <= high <= 1")
+        _check_keep(self)
+        if self.rollout.top_p < 1 and self.rollout.old_logprobs == "engine":
+            raise ValueError(
+                f"rollout.top_p={self.rollout.top_p:g} makes the engine's log-probs those of the most probable tokens "
+                "alone, which are no old log-probs of the policy; set rollout.old_logprobs=update, or rollout.top_p=1"
+            )
         return self
+
+
+def _check_keep(config: Config) -> None:
+    """Groups of outcomes that are 0 or 1 have a mean of k/K: some of those in keep must teach something.
+
+    Fractions can have any mean, so that only rewards which give none are looked at; and K = 1 with any reward, where a
+    keep between 0 and 1 would choose responses by their outcome instead of prompts by their difficulty.
+    """
+    (low, high), count, prime = config.rollout.keep, config.rollout.samples, config.prime
+    kept = [k for k in range(count + 1) if low - ROUNDING <= k / count <= high + ROUNDING]
+    if config.reward.function not in WHOLE_REWARDS and (count > 1 or kept):
+        return
+    mixed, alike = any(0 < k < count for k in kept), {k > 0 for k in kept if k in (0, count)}
+    if prime.process_weight > 0:
+        teaches = bool(kept)  # the process reward tells responses of one outcome apart
+    elif prime.estimator == "reinforce":
+        teaches = mixed or (alike == {True, False} if prime.whiten else True in alike)
+    else:
+        teaches = mixed
+    if teaches:
+        return
+    wider = [0, 1]
+    if count > 1:
+        k = min(range(1, count), key=lambda k: max(low - k / count, k / count - high))
+        wider = [min(low, math.floor(100 * k / count) / 100), max(high, math.ceil(100 * k / count) / 100)]
+    what = f"only groups whose outcomes are all {max(alike):d}" if kept else "no group"
+    raise ValueError(
+        f"rollout.keep={[low, high]} keeps {what} where each of rollout.samples={count} outcomes is 0 or 1, so nothing "
+        f"would be learnt; set rollout.keep={wider}"
+    )
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

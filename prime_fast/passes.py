@@ -66,6 +66,9 @@ def split(
 
     Equal parts, because a small rest would make a noisy step of the same size as the others. Without `shuffle` a part
     is made of whole groups, in their order. attention: of the model, see packing.work.
+
+    A step of few rows, as a policy that knows nearly all leaves them, is a step like others: at a learning rate scaled
+    by its share, or kept waiting for more rows, the quickstart's task was learnt more slowly, and no more steadily.
     """
     count = len(batch.responses)
     if shuffle is None:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from prime_fast import identity, passes
 from prime_fast.config import Config
-from prime_fast.data.models import eos_ids, load_tokenizer, model_config
+from prime_fast.data.models import eos_ids, load_tokenizer, model_config, stop_ids
 from prime_fast.data.rows import MAX_KINDS, Rows, load_rows
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch, Group
@@ -31,11 +31,11 @@ CHECK_PROMPTS, CHECK_TOKENS = 4, 32  # prompts per rollout engine
 @dataclass(frozen=True)
 class Inputs:
     tokenizer: Any
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]  # what ends a response: rollout.stop too
     train: Rows
     eval: list[dict] | None
     kinds: list[dict] = field(default_factory=list)  # a row of each ability and data_source, of at most MAX_KINDS
-    identity: Identity = field(default_factory=dict)  # known on rank 0, once `try_reward` was asked
+    identity: Identity = field(default_factory=dict)  # of `identify`, where it was asked
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -49,6 +49,8 @@ def load_inputs(config: Config) -> Inputs:
             "lower one of them"
         )
     tokenizer = load_tokenizer(config.model.policy)
+    ends = eos_ids(config.model.policy, tokenizer)
+    stops = stop_ids(config.rollout.stop, tokenizer, model.vocab_size)
     for key in ("prm", "reference"):
         path = getattr(config.model, key)
         if path is not None:
@@ -72,7 +74,7 @@ def load_inputs(config: Config) -> Inputs:
     kinds = {kind: rows[index] for rows in (*reversed(files), train) for kind, index in rows.kinds.items()}
     return Inputs(
         tokenizer,
-        eos_ids(config.model.policy, tokenizer),
+        (*ends, *stops),
         train,
         sum(parts, []) or None,
         list(kinds.values())[-MAX_KINDS:],

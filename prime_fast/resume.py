@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from prime_fast.config import Config, load_config
-from prime_fast.engine.checkpoint import IDENTITY, latest
+from prime_fast.engine.checkpoint import IDENTITY, latest, read
 from prime_fast.identity import Identity
 
 # Keys and sections that may differ; with --accept, those of the accepted parts too.
@@ -64,8 +64,9 @@ def newest(config: Config, accepted: Collection[str] | None = None) -> Path | No
 def check(checkpoint: Path, now: Identity, accepted: Collection[str] = ()) -> set[str]:
     """The parts that are no more what they were when the checkpoint was written.
 
-    Raises ValueError, what differs and the way on, if one of them is not accepted.
+    Raises ValueError, what differs and the way on, if one of them is not accepted; or if it is none of such a run.
     """
+    read(checkpoint)
     before = _identity(checkpoint)
     if before is None:
         if set(accepted) < set(ACCEPTS):

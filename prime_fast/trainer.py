@@ -106,7 +106,7 @@ class Trainer:
         self.record |= record | {"groups": len(groups), "surplus": len(self.collector.surplus)}
         nothing = f"no group has a mean outcome within rollout.keep={list(config.rollout.keep)}"
         if groups:
-            batch = Batch.of(groups, first_fresh=self.collector.drawn - len(fresh))
+            batch = Batch.of(groups, self.rollout.version)
             self.rollout.sleep()
             failure = self._update(step, batch)
         self._count(empty=not groups, skip_reason=failure if groups else nothing)
@@ -156,7 +156,7 @@ class Trainer:
                 ref_logprob=None if self.reference is None else ref_logprob[temperature],
                 importance_cap=0.0 if config.rollout.old_logprobs == "engine" else config.rollout.importance_cap,
                 temperature=temperature,
-                top_p=1.0,
+                top_p=config.rollout.top_p,
                 config=config.policy,
                 lr=lr,
             )
@@ -176,6 +176,7 @@ class Trainer:
     def _note(self, name: str, updates: passes.Updates, lr: float) -> None:
         """Write down what became of a model's mini-batches; its weights are others now if any was applied."""
         if updates.applied:
+            self.rollout.version += name == "policy" and name not in self.moved
             self.moved.add(name)
             self.counts["updates"] += updates.applied
         self.record |= {

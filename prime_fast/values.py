@@ -47,6 +47,13 @@ def check_name(value: str) -> str:
     return value
 
 
+def _token(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("a token is given as its text or its id")
+    str(value).encode()
+    return value
+
+
 def _plain(value: dict) -> dict:
     """Raises ValueError unless it is JSON as others read it: no nan, no infinity, whole characters."""
     json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
@@ -70,6 +77,10 @@ Rate = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
 Discount = Share = Annotated[float, Number, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(check_name)]
 Paths = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Tokens = Annotated[
+    list[Annotated[int | str, BeforeValidator(_token)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, int | str) else value),
+]
 Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain)]
 Answer = Annotated[str, AfterValidator(_answer)]
 

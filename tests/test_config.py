@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,9 @@ MISTAKES = {
     "policy.lrr=3": "unknown key policy.lrr; did you mean policy.lr?",
     "prime.bta=1": "did you mean prime.beta?",
     "samples=8": "unknown key samples; did you mean rollout.samples?",
-    "rollout.samples=1": "set rollout.samples to 2 or more",
+    "rollout.samples=1": "set rollout.samples to 2 or more, or prime.estimator=reinforce and rollout.keep=[0, 1]",
+    "rollout.top_p=0": "rollout.top_p=0: input should be greater than 0",
+    "rollout.max_age=-1": "rollout.max_age=-1: input should be greater than or equal to 0",
     "policy.lr=-1": "policy.lr=-1: input should be greater than or equal to 0",
     "steps=many": "steps='many'",
     "prime.update=sometimes": "'after', 'before' or 'none'",
@@ -88,6 +91,7 @@ def test_a_mistake_is_one_sentence_with_the_fix(override, config_file):
     [
         (["prime.process_weight=0", "prime.outcome_weight=0"], "raise one of them"),
         (["prime.reference=policy", "rollout.old_logprobs=engine"], "set rollout.old_logprobs=recompute"),
+        (["rollout.top_p=0.9", "rollout.old_logprobs=engine"], "set rollout.old_logprobs=update, or rollout.top_p=1"),
         (["prime.reference=policy", "policy.kl_coef=0.1"], "set prime.reference=sft"),
     ],
 )
@@ -101,6 +105,48 @@ def test_an_alias_is_a_copy(tmp_path):
     path.write_text("run_dir: out\nmodel: {policy: some/model}\npolicy: &same {lr: 1e-4}\nprm: *same\nlog:\n")
     config = load_config(path, ["prm.lr=2e-4"])
     assert (config.policy.lr, config.prm.lr) == (1e-4, 2e-4)
+
+
+ONE = ["rollout.samples=1", "prime.estimator=reinforce"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keep"),
+    [
+        (["rollout.keep=[0.6, 0.7]"], "[0.6, 0.75]"),
+        (["rollout.keep=[0.6, 0.9]", "rollout.samples=2"], "[0.5, 0.9]"),
+        (["rollout.keep=[0.4, 0.5]", "rollout.samples=3"], "[0.33, 0.5]"),
+        (["rollout.keep=[0, 0.1]", "prime.process_weight=0"], "[0.0, 0.25]"),
+        (["rollout.keep=[0.9, 1]", "prime.process_weight=0", "prime.estimator=grpo"], "[0.75, 1.0]"),
+        (ONE, "[0, 1]"),
+        ([*ONE, "reward.function=code"], "[0, 1]"),
+        ([*ONE, "rollout.keep=[0.5, 1]", "prime.process_weight=0"], "[0, 1]"),
+        ([*ONE, "rollout.keep=[0, 0]", "prime.process_weight=0", "prime.whiten=false"], "[0, 1]"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_keep_that_no_group_can_pass_is_refused(overrides, keep, config_file):
+    overrides = ["reward.function=math", *overrides]
+    with pytest.raises(ValueError, match=rf"so nothing would be learnt; set rollout.keep={re.escape(keep)}$") as caught:
+        load_config(config_file, overrides)
+    assert "\n" not in str(caught.value)
+    load_config(config_file, [*overrides, f"rollout.keep={keep}"])  # the remedy is one
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.keep=[0.6, 0.7]", "reward.function=auto"],  # code gives fractions
+        ["rollout.keep=[0.6, 0.7]", "reward.function=a.py:f"],
+        ["rollout.keep=[0.3333333, 0.3333333]", "rollout.samples=3", "reward.function=math"],
+        ["rollout.keep=[0, 0.1]", "reward.function=math"],  # the process reward teaches
+        [*ONE, "rollout.keep=[0.5, 1]"],
+        [*ONE, "rollout.keep=[1, 1]", "prime.process_weight=0", "prime.whiten=false", "reward.function=math"],
+    ],
+    ids=" ".join,
+)
+def test_a_keep_that_can_pass_is_not(overrides, config_file):
+    load_config(config_file, overrides)
 
 
 def test_files_that_are_not_configs(tmp_path):

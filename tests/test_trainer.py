@@ -249,6 +249,8 @@ def first_moments(engine):
 
 
 OPTIONS = [
+    ["rollout.samples=1", "prime.estimator=reinforce", "rollout.keep=[0, 1]"],
+    ["rollout.top_p=0.8", 'rollout.stop=["4", 7]'],
     ["prime.update=before"],
     ["prime.reference=policy"],
     ["prime.process_weight=0"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
@@ -39,3 +40,18 @@ def eos_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
             f"{path} names no EOS token, so no response would end; set eos_token in its tokenizer_config.json"
         )
     return tuple(sorted(ids))
+
+
+def stop_ids(stop: Sequence[int | str], tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
+    """The token ids of rollout.stop, given as ids or strings. Raises ValueError where one is no single token."""
+    ids = []
+    for token in stop:
+        found = [token] if isinstance(token, int) else tokenizer.encode(token, add_special_tokens=False)
+        if len(found) != 1:
+            raise ValueError(
+                f"rollout.stop={token!r} is {len(found)} tokens of this vocabulary; give a single one, or its id"
+            )
+        if not 0 <= found[0] < vocabulary:
+            raise ValueError(f"rollout.stop={token} is not in the model's vocabulary of {vocabulary} tokens")
+        ids += found
+    return tuple(ids)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    tokens: Tensor  # (L,) int64, ends with EOS unless truncated
-    logprob: Tensor  # (L,) float32 nats, under the engine's weights, after temperature
-    truncated: bool  # max_tokens was reached before EOS
+    tokens: Tensor  # (L,) int64, ends with EOS or a stop token unless truncated
+    logprob: Tensor  # (L,) float32 nats, of what the engine sampled from: its weights, after temperature and top-p
+    truncated: bool  # max_tokens was reached before an end
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Group:
     prompt: tuple[int, ...]
     samples: tuple[Sample, ...]
     outcomes: tuple[float, ...]
+    version: int = 0  # of the weights that it was sampled with, see Fleet.version
     failures: tuple[tuple[str, str], ...] = ()  # (kind, reason) of each response without a full verdict, in their order
 
 
@@ -42,8 +43,8 @@ class Batch:
     fresh: Tensor  # (R,) bool: sampled with the weights that are about to be updated
 
     @classmethod
-    def of(cls, groups: Sequence[Group], first_fresh: int = 0) -> Batch:
-        """first_fresh: the id from which groups are fresh; the ones before waited as surplus."""
+    def of(cls, groups: Sequence[Group], version: int = 0) -> Batch:
+        """version: of the weights that are about to be updated."""
         rows = [(group, k) for group in groups for k in range(len(group.samples))]
         samples = [group.samples[k] for group, k in rows]
         return cls(
@@ -53,7 +54,7 @@ class Batch:
             outcome=torch.tensor([group.outcomes[k] for group, k in rows], dtype=torch.float32),
             group=torch.tensor([group.id for group, _ in rows]),
             cu_seqlens=torch.tensor([0, *accumulate(len(sample.tokens) for sample in samples)], dtype=torch.int32),
-            fresh=torch.tensor([group.id >= first_fresh for group, _ in rows]),
+            fresh=torch.tensor([group.version == version for group, _ in rows]),
         )
 
     @property

@@ -92,8 +92,16 @@ def find(path: Path) -> Path | None:
 
 
 def load(directory: Path, engines: dict[str, Engine], stage: str = "train") -> dict[str, Any]:
-    """Restore the engines and return the trainer's state. Raises ValueError at another world size, or if another stage
-    of training (`stage` in the state) wrote it."""
+    """Restore the engines and return the trainer's state, which `read` checks."""
+    state = read(directory, stage)
+    for name, engine in engines.items():
+        engine.load_state(directory / "state" / name)
+    return state
+
+
+def read(directory: Path, stage: str = "train") -> dict[str, Any]:
+    """The trainer's state alone. Raises ValueError at another world size, or if another stage of training (`stage` in
+    the state) wrote it."""
     path = directory / "state" / "trainer.pt"
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint of this trainer: {path.name} is missing")
@@ -107,8 +115,6 @@ def load(directory: Path, engines: dict[str, Engine], stage: str = "train") -> d
             f"{directory} was written by {state['world_size']} ranks and this is a run of {distributed.world_size()}; "
             f"launch as many, or start a new run with model.policy={directory / 'policy'}"
         )
-    for name, engine in engines.items():
-        engine.load_state(directory / "state" / name)
     return state
 
 

@@ -201,7 +201,8 @@ def _make_engine(settings: Settings, model: str, problems: list[Problem], tokeni
         }
     )
     device = distributed.device()
-    return make_engine(config, model, eos_ids(model, tokenizer), training_dtype(config.model, device), device)
+    ends, dtype = eos_ids(model, tokenizer), training_dtype(config.model, device)
+    return make_engine(config, model, ends, dtype, device, trains=False)
 
 
 def _others(settings: Settings, console: Console) -> Answers:

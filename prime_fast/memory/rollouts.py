@@ -22,6 +22,7 @@ NCCL = 1 * GIB
 OWN_GPU_SHARE = 0.9  # rollout/process.py
 STEP_TOKENS = 16384  # that vLLM profiles with (vllm/engine/arg_utils.py; A100: 8192)
 LOGIT = 24  # bytes a logit while hf.py samples: float32 logits and log-probs, two float64 copies
+NUCLEUS = 8  # and with top_p < 1: the sorted logits, their places and sums, before the float64 copies are made
 SEGMENT, SMALL = 2 << 20, 20 << 20  # torch's caching allocator: rounding of blocks above 10 MiB, segments of the others
 
 
@@ -158,12 +159,13 @@ class Rollout(NamedTuple):
         repeated = 2 * tokens * self.shape.heads * self.shape.head_size * width
         if self.shape.kv_heads == self.shape.heads:
             repeated = 0
+        logit = LOGIT + NUCLEUS * (rollout.top_p < 1)
         return [
             *self.loaded(),
             self._item("KV cache", rollout.batch * self.sequence, holder="trainer"),
             self._item("one layer's keys and values again", self.shape.kv_bytes(width) * tokens // self.shape.layers
                        + repeated, holder="trainer"),
-            self._item("logits", rollout.batch * self.shape.vocabulary * (LOGIT + width), holder="trainer"),
+            self._item("logits", rollout.batch * self.shape.vocabulary * (logit + width), holder="trainer"),
         ]  # fmt: skip
 
     def _item(self, name: str, size: int, holder: str = "engine") -> Item:

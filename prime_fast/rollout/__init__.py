@@ -23,6 +23,7 @@ class Request(NamedTuple):
     seeds: Sequence[int]  # each fixes its sample's random draws whatever else is in the batch
     max_tokens: int
     temperature: float  # 0 is greedy
+    top_p: float = 1.0  # sample from the smallest set of tokens that has at least this probability, renormalised
 
 
 class EngineError(Stop):
@@ -70,11 +71,17 @@ class RolloutEngine:
         """Release everything."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], *, max_tokens: int, temperature: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
     ) -> list[list[Sample]]:
         """len(seeds[i]) samples of prompt i."""
         for key, (prompt, row) in enumerate(zip(prompts, seeds, strict=True)):
-            self.submit(Request(key, prompt, row, max_tokens, temperature))
+            self.submit(Request(key, prompt, row, max_tokens, temperature, top_p))
         results: dict[int, list[Sample]] = {}
         while len(results) < len(prompts):
             results.update(self.step())
@@ -90,14 +97,20 @@ def release_cached() -> None:
 
 
 def make_engine(
-    config: Config, path: str, eos_ids: Sequence[int], dtype: torch.dtype, device: torch.device
+    config: Config,
+    path: str,
+    eos_ids: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trains: bool = True,
 ) -> RolloutEngine:
-    """The engine that config.rollout asks for, with the weights at `path`."""
+    """The engine that config.rollout asks for, with the weights at `path`; trains: others will follow."""
     with progress(f"starting the rollout engine ({config.rollout.engine})", at_once=True):
         if config.rollout.engine == "vllm":
             from prime_fast.rollout.process import EngineProcess
 
-            return EngineProcess.for_config(config, path, eos_ids, dtype, device)
+            return EngineProcess.for_config(config, path, eos_ids, dtype, device, trains=trains)
         from prime_fast.rollout.hf import HFEngine
 
         return HFEngine(path, eos_ids, dtype=dtype, device=device, batch=config.rollout.batch)

@@ -18,12 +18,11 @@ from prime_fast.prime import keep_groups
 from prime_fast.progress import progress
 from prime_fast.rewards import RewardPool
 from prime_fast.rewards.pool import Verdict
-from prime_fast.rollout import Request, failures
+from prime_fast.rollout import Request, demand, failures
 from prime_fast.rollout.fleet import Fleet
 from prime_fast.rollout.verify import Verifier
 
 TICK_SECONDS = 0.2  # how long a rank whose engine has nothing to do waits for outcomes, before it looks at the others
-PRIOR_GROUPS = 8  # how many groups of this step the last step's pass rate weighs as much as
 
 
 class Collector:
@@ -32,7 +31,8 @@ class Collector:
     Active sampling without a bias towards short answers: prompts start in a fixed order, every group that was started
     is finished, and a step takes passing groups in the order in which they started, never in the order in which they
     finished. Whether one more prompt starts depends on the outcomes of the groups before it alone, each looked at in
-    its turn, so a rerun starts the same ones. Groups that pass beyond the need open the next step.
+    its turn, so a rerun starts the same ones (`demand`). Groups that pass beyond the need open the next step, unless
+    the weights have changed more than config.max_age times since they were sampled.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Collector:
         self.verifier, self.max_failures = Verifier(pool), max_failures
         self.sampler = PromptSampler(len(rows), seed)
         self.drawn = 0  # groups started so far, which numbers them
-        self.pass_rate = 1.0  # of the last step's groups; at first no group too many is started
+        self.seen = (1.0, 1.0)  # groups of former steps, fading: looked at, passed; at first all are thought to pass
         self.surplus: list[Group] = []
         self.rows_in_work: dict[int, tuple[int, dict]] = {}  # of this rank: key -> (index, row)
         self.tick: Callable[..., None] = lambda *_, **__: None  # told of groups that start and finish
@@ -61,31 +61,42 @@ class Collector:
             return self._collect(phases)
 
     def _collect(self, phases: Phases) -> tuple[list[Group], dict[str, float], list[Group]]:
-        """Groups to train on (at most config.prompts), metrics of all fresh rollouts, and those fresh groups.
+        """Groups to train on (at most config.prompts), metrics of the step, and all groups that it sampled.
 
         At most config.max_rounds * config.prompts prompts are started. Identical on every rank. Raises Stop where the
         reward fails on more than max_failures of the responses, looked at whenever as many groups as a step needs came.
         """
-        need = self.config.prompts - len(self.surplus)
-        started, fresh, passing = self.drawn, [], []  # fresh: the groups looked at, in the order of their start
+        prompts, now = self.config.prompts, self.fleet.version
+        waiting = [group for group in self.surplus if now - group.version <= self.config.max_age]
+        wasted = len(self.surplus) - len(waiting)
+        need, first = prompts - len(waiting), self.drawn
+        fresh, passing = [], []  # fresh: the groups looked at, in the order of their start
         arrived: dict[int, Group] = {}
         while True:
-            self._start(self._wanted(need - len(passing), len(fresh), len(passing), self.drawn - started))
-            turn = started + len(fresh)
+            self._start(self._wanted(need - len(passing), len(fresh), len(passing), self.drawn - first))
+            turn = first + len(fresh)
             if turn == self.drawn:
                 break
             while turn not in arrived:
                 arrived |= {group.id: group for group in self._tick(phases)}
             fresh.append(arrived[turn])
-            passing += [arrived[turn]] if self._worth_training(arrived[turn]) else []
-            if len(fresh) % self.config.prompts == 0:
+            passing += [arrived[turn]] if self._worth_training(arrived[turn], self.config.filter_truncated) else []
+            if len(fresh) % prompts == 0:
                 failures.check(fresh, self.rows, self.max_failures)
         if fresh:
             failures.check(fresh, self.rows, self.max_failures)
-            self.pass_rate = len(passing) / len(fresh)
-        kept = self.surplus + passing
-        kept, self.surplus = kept[: self.config.prompts], kept[self.config.prompts :]
-        return kept, self._metrics(fresh, len(passing)), fresh
+        self.seen = tuple(demand.MEMORY * (a + len(b)) for a, b in zip(self.seen, (fresh, passing), strict=True))
+        kept = waiting + passing
+        kept, self.surplus = kept[:prompts], kept[prompts:]
+        record = self._metrics(fresh, len(passing))
+        if kept:
+            ages = [now - group.version for group in kept]
+            record |= {"age": sum(ages) / len(ages), "stale": sum(age > 0 for age in ages) / len(ages)}
+        if fresh and self.config.filter_truncated:
+            lost = sum(self._worth_training(group, False) for group in fresh) - len(passing)
+            record |= {"groups_truncated": lost / len(fresh)}
+        overstart = self.drawn - 1 - passing[need - 1].id if 0 < need <= len(passing) else 0
+        return kept, record | {"overstart": overstart, "wasted": wasted * self.config.samples}, fresh
 
     def greedy(self, rows: Rows) -> list[Group]:
         """One greedy response to each of `rows`, in their order."""
@@ -97,18 +108,20 @@ class Collector:
         return [groups[i] for i in range(len(rows))]
 
     def state_dict(self) -> dict[str, Any]:
-        surplus = [(g.id, g.row, g.prompt, [tuple(s) for s in g.samples], g.outcomes) for g in self.surplus]
-        position = {"sampler": self.sampler.state_dict(), "drawn": self.drawn, "pass_rate": self.pass_rate}
-        return position | {"surplus": surplus}
+        surplus = [(g.id, g.row, g.prompt, [tuple(s) for s in g.samples], g.outcomes, g.version) for g in self.surplus]
+        position = {"sampler": self.sampler.state_dict(), "drawn": self.drawn, "seen": self.seen}
+        return position | {"surplus": surplus, "version": self.fleet.version}
 
     def load_state_dict(self, state: dict[str, Any], renewed: Collection[str] = ()) -> None:
         """renewed: the parts of `identity` that are others now. Groups that were waiting, of other rows, tokens or
         outcomes, are dropped."""
         self.sampler.load_state_dict(state["sampler"], "data" in renewed)
-        self.drawn, self.pass_rate = state["drawn"], state["pass_rate"]
+        self.drawn, self.seen, self.fleet.version = state["drawn"], tuple(state["seen"]), state["version"]
         self.surplus = [
-            Group(id_, row, tuple(prompt), tuple(Sample(*sample) for sample in samples), tuple(outcomes))
-            for id_, row, prompt, samples, outcomes in state["surplus"]
+            Group(
+                id_, row, tuple(prompt), tuple(Sample(*sample) for sample in samples), tuple(outcomes), version=version
+            )
+            for id_, row, prompt, samples, outcomes, version in state["surplus"]
             if not {"data", "tokenizer", "reward"} & set(renewed)
         ]
 
@@ -116,13 +129,12 @@ class Collector:
         self.verifier.close()
 
     def _wanted(self, missing: int, looked_at: int, passed: int, started: int) -> int:
-        """How many more prompts to start, so that the groups in work are expected to bring what is missing."""
-        rate = (PRIOR_GROUPS * self.pass_rate + passed) / (PRIOR_GROUPS + looked_at)
-        in_work, room = started - looked_at, self.config.max_rounds * self.config.prompts - started
-        wanted = 0
-        while wanted < room and rate * (in_work + wanted) < missing:
-            wanted += 1
-        return wanted
+        """How many more prompts to start."""
+        room, (before, passed_before) = self.config.max_rounds * self.config.prompts - started, self.seen
+        allowed = demand.SURPLUS * self.config.prompts
+        return demand.more(
+            before + looked_at, passed_before + passed, started - looked_at, missing, room=room, surplus=allowed
+        )
 
     def _start(self, count: int) -> None:
         if count == 0:
@@ -140,7 +152,7 @@ class Collector:
             if self.fleet.mine(key):
                 self.rows_in_work[key] = index, rows[index]
                 prompt = rows[index]["prompt_ids"]
-                requests.append(Request(key, prompt, seeds, self.config.max_response, temperature))
+                requests.append(Request(key, prompt, seeds, self.config.max_response, temperature, self.config.top_p))
         self.fleet.submit(requests)
 
     def _tick(self, phases: Phases) -> list[Group]:
@@ -154,7 +166,8 @@ class Collector:
         with phases("reward"):  # engines that work by themselves, other ranks' among them, are not kept waiting
             scored = self.verifier.take(patience if self.fleet.concurrent else None)
         with phases("generate"):
-            everywhere = distributed.gather_lists([([_group(*item) for item in scored.done], scored.problem)])
+            now = self.fleet.version
+            everywhere = distributed.gather_lists([([_group(*item, now) for item in scored.done], scored.problem)])
         for _, problem in everywhere:
             if problem:
                 raise Stop(problem)
@@ -162,10 +175,12 @@ class Collector:
         self.tick(len(groups), tokens=sum(len(sample.tokens) for group in groups for sample in group.samples))
         return groups
 
-    def _worth_training(self, group: Group) -> bool:
+    def _worth_training(self, group: Group, filter_truncated: bool) -> bool:
         outcome = torch.tensor(group.outcomes)
         low, high = self.config.keep
-        return bool(keep_groups(outcome, torch.zeros(len(outcome), dtype=torch.int64), low=low, high=high)[0])
+        truncated = torch.tensor([sample.truncated for sample in group.samples]) if filter_truncated else None
+        alike = torch.zeros(len(outcome), dtype=torch.int64)
+        return bool(keep_groups(outcome, alike, low=low, high=high, truncated=truncated)[0])
 
     def _metrics(self, groups: list[Group], passed: int) -> dict[str, float]:
         if not groups:  # the surplus alone filled the step
@@ -184,6 +199,6 @@ class Collector:
         return random.Random(f"{self.seed}/{group}/{k}").getrandbits(63)
 
 
-def _group(start: tuple, verdicts: list[Verdict]) -> Group:
+def _group(start: tuple, verdicts: list[Verdict], version: int) -> Group:
     failed = tuple((verdict.failure, verdict.reason) for verdict in verdicts if verdict.failure)
-    return Group(*start, tuple(verdict.outcome for verdict in verdicts), failures=failed)
+    return Group(*start, tuple(verdict.outcome for verdict in verdicts), version, failed)

@@ -25,6 +25,8 @@ class Fleet:
 
     An engine that dies is restarted, gets the weights and redoes its unfinished groups: once, until the next step has
     been made (`settled`). A second death raises EngineError on every rank.
+
+    version: how many steps have changed the policy's weights; whoever changes them counts.
     """
 
     def __init__(self, engine: RolloutEngine | None, weights: Weights) -> None:
@@ -36,6 +38,7 @@ class Fleet:
         self.forgets = any(distributed.gather_lists([engine is not None and engine.forgets]))
         self.pending: dict[int, Request] = {}  # this rank's unfinished groups
         self.restarts, self.asleep = 0, False  # asleep: until it is ready again
+        self.version = 0
 
     @property
     def concurrent(self) -> bool:

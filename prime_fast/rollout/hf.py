@@ -58,16 +58,16 @@ class HFEngine(RolloutEngine):
         if not self.waiting:
             return []
         chosen = [self.waiting.pop()]
-        count, like = len(chosen[0].seeds), (chosen[0].max_tokens, chosen[0].temperature)
+        count, like = len(chosen[0].seeds), _sampling(chosen[0])
         while self.waiting and count + len(self.waiting[-1].seeds) <= self.batch:
-            if (self.waiting[-1].max_tokens, self.waiting[-1].temperature) != like:
+            if _sampling(self.waiting[-1]) != like:
                 break
             chosen.append(self.waiting.pop())
             count += len(chosen[-1].seeds)
         samples = self._decode([request.prompt for request in chosen], [request.seeds for request in chosen], *like)
         return [(request.key, [next(samples) for _ in request.seeds]) for request in chosen]
 
-    def _decode(self, prompts, seeds, max_tokens: int, temperature: float) -> Iterator[Sample]:
+    def _decode(self, prompts, seeds, max_tokens: int, temperature: float, top_p: float) -> Iterator[Sample]:
         """Yields a Sample per (prompt, seed) in order."""
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -93,7 +93,7 @@ class HFEngine(RolloutEngine):
         stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
         running = torch.arange(count, device=self.device)  # which sequence each cache row belongs to
         for step in range(max_tokens):
-            chosen, chosen_logprob = _sample(logits, draws[running, step], temperature)
+            chosen, chosen_logprob = _sample(logits, draws[running, step], temperature, top_p)
             tokens[running, step], logprob[running, step] = chosen, chosen_logprob
             ends = torch.isin(chosen, self.eos) & ~stopped[running]
             length[running[ends]] = step + 1
@@ -130,17 +130,33 @@ class HFEngine(RolloutEngine):
         )
 
 
-def _sample(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling: logits (B, V), draws (B,) in [0, 1) -> token (B,), log-prob after temperature (B,)."""
+def _sampling(request: Request) -> tuple[int, float, float]:
+    """What requests that are decoded together have in common."""
+    return request.max_tokens, request.temperature, request.top_p
+
+
+def _sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: logits (B, V), draws (B,) in [0, 1) -> token (B,), log-prob after temperature and top-p."""
     if temperature == 0:
         logprob = logits.log_softmax(-1)
         chosen = logits.argmax(-1)
     else:
-        logprob = (logits / temperature).log_softmax(-1)
+        logits = logits / temperature
+        logprob = (logits if top_p == 1 else _nucleus(logits, top_p)).log_softmax(-1)
         cumulative = logprob.double().exp().cumsum(-1)
-        chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        chosen = chosen.clamp_(max=logits.shape[-1] - 1)
+        total = cumulative[:, -1:].contiguous()
+        chosen = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
+        chosen = chosen.minimum(torch.searchsorted(cumulative, total))[:, 0]  # the last token that has a probability
     return chosen, logprob.gather(1, chosen[:, None])[:, 0]
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits (B, V) with -inf outside the smallest set of tokens whose probabilities add up to top_p, as in vLLM: from
+    the least probable on, what adds up to 1 - top_p goes."""
+    ascending, index = logits.sort(-1)
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    out[:, -1] = False
+    return logits.scatter(-1, index, ascending.masked_fill_(out, -torch.inf))
 
 
 def _uniform(seed: int, count: int) -> Tensor:

@@ -83,22 +83,30 @@ class EngineProcess(RolloutEngine):
 
     @classmethod
     def for_config(
-        cls, config: Config, path: str, eos_ids: Sequence[int], dtype: torch.dtype, device: torch.device
+        cls,
+        config: Config,
+        path: str,
+        eos_ids: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        trains: bool = True,
     ) -> EngineProcess | None:
         """This rank's engine, or None where another rank's serves it too (tensor parallel, or fewer GPUs than ranks).
 
         rollout.vllm: arguments of `vllm.LLM`, and three of ours: `gpus`, those of each node that the engines have to
         themselves (default: engine and trainer share), `sleep_level` of engines that share, and `bucket_mib`, the size
-        of a weight bucket.
+        of a weight bucket. trains: it will sleep and take other weights.
         """
         options = dict(config.rollout.vllm)
         own, width = options.pop("gpus", None), options.get("tensor_parallel_size", 1)
         default = BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
         bucket_bytes = options.pop("bucket_mib", default >> 20) << 20
-        sleep_level = options.pop("sleep_level", SLEEP_LEVEL)
+        sleep_level = options.pop("sleep_level", SLEEP_LEVEL if trains else 0)
         gpus, source = [], 0
         if device.type == "cuda":
-            _check_allocator()
+            if trains:
+                _check_allocator()
             index, ranks = device.index, distributed.local_world_size()
             names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             visible = names.split(",")

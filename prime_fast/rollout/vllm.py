@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
 import math
 import os
 import re
@@ -28,6 +31,7 @@ GPU_SHARE = 0.5  # of a GPU's memory, where the engine shares it with the traine
 # next sync brings and proves, or a buffer, which vLLM keeps. 1 would pin a copy of the weights in host memory, rounded
 # up to powers of two, that the sync then overwrites. 0: awake all the time.
 SLEEP_LEVEL = 2
+OWN_OPTIONS = {"gpus", "sleep_level", "bucket_mib"}  # of rollout.vllm, see EngineProcess.for_config
 TAGS = ("weights", "kv_cache")  # what vLLM can wake one by one
 
 # read when vLLM is imported
@@ -58,7 +62,8 @@ def check_installed() -> None:
 class VLLMEngine(RolloutEngine):
     """vLLM in this process: prefix caching on, so that the samples of a prompt share its prefill.
 
-    Log-probs are vLLM's `processed_logprobs`: after temperature, over the whole vocabulary (greedy: temperature 1).
+    Log-probs are vLLM's `processed_logprobs`: of the distribution that was sampled from, after temperature and top-p
+    (greedy: the model's own).
     vLLM changes the process it runs in (threads, signal handlers, process group), so the trainer runs this class in one
     of its own: `process.EngineProcess`.
 
@@ -83,6 +88,7 @@ class VLLMEngine(RolloutEngine):
         from vllm import LLM
         from vllm.platforms import current_platform
 
+        _check_arguments(options or {})
         self.eos, self.sleep_level = sorted(eos_ids), sleep_level
         arguments = {
             "dtype": str(dtype).removeprefix("torch."),
@@ -116,6 +122,7 @@ class VLLMEngine(RolloutEngine):
         for k, seed in enumerate(request.seeds):
             sampling = SamplingParams(
                 temperature=request.temperature,
+                top_p=request.top_p,
                 seed=seed,
                 max_tokens=request.max_tokens,
                 logprobs=0,  # the sampled token's own
@@ -225,6 +232,21 @@ class WeightReceiver:
         }
         release_cached()
         return Report(self.received, sorted(self.expected - self.loaded), resident)
+
+
+def _check_arguments(options: dict[str, Any]) -> None:
+    """LLM takes any keyword and fails on it later."""
+    from vllm import LLM, EngineArgs
+
+    known = {*inspect.signature(LLM.__init__).parameters, *(field.name for field in dataclasses.fields(EngineArgs))}
+    known -= {"self", "model", "kwargs"}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known | OWN_OPTIONS), 1, 0.5)
+            raise ValueError(
+                f"rollout.vllm.{name} is no argument of this vLLM's LLM class; "
+                + (f"did you mean {near[0]}?" if near else "take it out")
+            )
 
 
 def _parts(model: Any, name: str) -> list[str]:

@@ -30,3 +30,15 @@ def test_options_of_the_config(configure, long):
         load_inputs(configure("data.template_args.enable_thinking=false"))
     with pytest.raises(ValueError, match='rows.jsonl, row 1 has ability "test", which reward "auto" cannot score'):
         load_inputs(configure("reward.function=auto"))
+
+
+def test_stop_tokens_end_responses_beside_eos(configure, workspace):
+    plain = load_inputs(configure()).eos_ids
+    stopped = load_inputs(configure('rollout.stop=["4", 7]'))
+    (four,) = stopped.tokenizer.encode("4", add_special_tokens=False)
+    assert stopped.eos_ids == (*plain, four, 7) and four != 7
+    assert load_inputs(configure("rollout.stop=7")).eos_ids == (*plain, 7)
+    with pytest.raises(ValueError, match="^rollout.stop='44' is 2 tokens of this vocabulary; give a single one"):
+        load_inputs(configure('rollout.stop=["44"]'))
+    with pytest.raises(ValueError, match="^rollout.stop=99999 is not in the model's vocabulary of "):
+        load_inputs(configure("rollout.stop=99999"))

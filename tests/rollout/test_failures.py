@@ -104,7 +104,7 @@ def test_a_broken_reward_is_found_before_a_step_has_drawn_all_it_may(trainer):
 
 def test_programs_that_were_stopped_have_their_verdict():
     kinds = ("stopped", "stopped", "stopped", "timeouts")
-    group = Group(0, 0, (), (), (0.5, 0.5, 0.5, 0.0), tuple((kind, "") for kind in kinds))
+    group = Group(0, 0, (), (), (0.5, 0.5, 0.5, 0.0), failures=tuple((kind, "") for kind in kinds))
     assert failures.shares([group]) == {"reward_errors": 0, "reward_timeouts": 1, "reward_crashes": 0}
     assert failures.unscored([group]) == 0.25
 

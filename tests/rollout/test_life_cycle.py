@@ -259,7 +259,9 @@ def test_expandable_segments_are_refused(name, events, monkeypatch, configure):
     gpu_engine(monkeypatch, configure)
 
 
-def test_an_evaluation_finds_its_gpu(events, monkeypatch, workspace, tmp_path):
+def test_an_evaluation_finds_its_gpu_and_needs_no_weights(events, monkeypatch, workspace, tmp_path):
+    """So that it neither sleeps nor minds how the trainer's memory is allocated."""
+    monkeypatch.setenv(process.ALLOCATOR[0], "expandable_segments:True")
     started = []
     monkeypatch.setattr(process.EngineProcess, "start", lambda self, settings: started.append(self))
     monkeypatch.setattr(distributed, "initialize", distributed.device)  # no process group over NCCL can be had here
@@ -270,6 +272,7 @@ def test_an_evaluation_finds_its_gpu(events, monkeypatch, workspace, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(settings, Console(quiet=True))
     assert started[0].device == torch.device("cuda", 0) and started[0].gpus == ["0"]
+    assert started[0].settings["sleep_level"] == 0
 
 
 def names_cuda_alone(node: ast.AST) -> bool:
@@ -314,7 +317,7 @@ class SlowPool:
 
 def test_a_rank_without_work_does_not_keep_the_others_waiting(configure):
     """Its outcomes take a second; meanwhile it meets the other ranks, whose engines may need new prompts."""
-    fleet = SimpleNamespace(pending={}, concurrent=True, step=list)
+    fleet = SimpleNamespace(pending={}, concurrent=True, step=list, version=0)
     collector = Collector(configure().rollout, 0, [None], fleet, SlowPool(), None)
     sample = Sample(torch.tensor([1]), torch.tensor([-1.0]), False)
     collector.verifier.put((3, 0, (2,), (sample,)), ["text"], {})

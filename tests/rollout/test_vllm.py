@@ -300,3 +300,11 @@ def test_a_model_without_attention_on_a_cpu_is_refused_in_one_sentence(workspace
     (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8, "num_key_value_heads": 8}))
     assert train(workspace, tmp_path / "run", f"model.policy={path}") == 2
     assert "no attention for heads of 16" in capsys.readouterr().err
+
+
+def test_an_unknown_argument_is_refused_in_one_sentence(workspace, tmp_path, capsys):
+    assert train(workspace, tmp_path / "run", "rollout.vllm={gpu_memory_utilisation: 0.3}") == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "rollout.vllm" in line]
+    mistake = "rollout.vllm.gpu_memory_utilisation is no argument of this vLLM's LLM class"
+    assert f"{mistake}; did you mean gpu_memory_utilization?" in sentence
+    assert not (tmp_path / "run").exists()
