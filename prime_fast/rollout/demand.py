@@ -1,10 +1,10 @@
 """How many groups to start so that a step fills up, while hardly a group is left over for the next one.
 
-What is traded: the more groups are started, the likelier a step fills up in one round, and the more are left over,
-which are trained one step late. With the numbers below 4 to 8% of the rows are, and a step of 64 prompts takes 1.3 to 2
-rounds, one of 256 1.1 to 1.5; a SURPLUS of 0.03 leaves a percent less and takes 0.2 to 0.3 rounds more
-(`python -m benchmarks.collection`). A pass rate that goes from 0.1 to 0.9 in 50 steps leaves 8%; with a MEMORY of 0.9
-it would leave 22%.
+What is traded: the more groups are started, the likelier a step fills up in one round, and the more are left over, and
+trained one step late. With the numbers below these are 4 to 8% of the rows, and a step of 64 prompts takes 1.3 to 2
+rounds, one of 256 1.1 to 1.5 (`python -m benchmarks.collection`). A SURPLUS of 0.03 leaves 0.5 to 2 percent less and
+takes 0.1 to 0.4 rounds more. While the pass rate goes from 0.1 to 0.9 in 50 steps, 8% are left over; with a MEMORY of
+0.9 it would be 20%.
 """
 
 from __future__ import annotations
