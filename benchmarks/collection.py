@@ -27,6 +27,7 @@ import torch
 from benchmarks.machine import cpu_name
 from prime_fast.config import RolloutConfig
 from prime_fast.engine.batch import Sample
+from prime_fast.rewards.pool import Verdict
 from prime_fast.rollout import Request, RolloutEngine
 from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
@@ -91,10 +92,8 @@ class World(RolloutEngine):
     def decode(self, tokens: torch.Tensor, skip_special_tokens: bool) -> str:
         return str(int(tokens[0]))
 
-    def score(self, responses: list[str], rows: list[dict]) -> list[float]:
-        return [float(int(response) == RIGHT) for response in responses]
-
-    counts = {"timeouts": 0, "errors": 0, "crashes": 0}
+    def judge(self, responses: list[str], rows: list[dict]) -> list[Verdict]:
+        return [Verdict(float(int(response) == RIGHT)) for response in responses]
 
 
 class Inline(futures.Executor):
@@ -110,7 +109,7 @@ class Now(Collector):
     max_age = RolloutConfig().max_age
 
     def _start(self, count: int) -> None:
-        self.pool.rounds += count > 0
+        self.verifier.pool.rounds += count > 0
         super()._start(count)
 
 
