@@ -23,6 +23,7 @@ from prime_fast.engine import distributed
 from prime_fast.engine.zero import Engine
 from prime_fast.progress import progress
 
+FORMAT = 2  # of trainer.pt, raised when what a trainer writes there becomes another
 LATEST, BEST, SCORE, IDENTITY = "latest", "best", "score", "identity.json"
 
 
@@ -56,7 +57,8 @@ def save(
             tick()
     distributed.barrier()
     if distributed.rank() == 0:
-        torch.save(state | {"step": step, "world_size": distributed.world_size()}, partial / "state" / "trainer.pt")
+        about = {"format": FORMAT, "step": step, "world_size": distributed.world_size()}
+        torch.save(state | about, partial / "state" / "trainer.pt")
         if state.get("identity"):
             (partial / "state" / IDENTITY).write_text(json.dumps(state["identity"], indent=1) + "\n")
         if score is not None and math.isfinite(score):
@@ -100,12 +102,17 @@ def load(directory: Path, engines: dict[str, Engine], stage: str = "train") -> d
 
 
 def read(directory: Path, stage: str = "train") -> dict[str, Any]:
-    """The trainer's state alone. Raises ValueError at another world size, or if another stage of training (`stage` in
-    the state) wrote it."""
+    """The trainer's state alone. Raises ValueError at another world size, or if another version of this trainer or
+    another stage of training (`stage` in the state) wrote it."""
     path = directory / "state" / "trainer.pt"
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint of this trainer: {path.name} is missing")
     state = torch.load(path, weights_only=True)
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{directory} was written by another version of prime-fast; continue it with that one, or start a new run "
+            f"with model.policy={directory / 'policy'}"
+        )
     if (other := state.get("stage", "train")) != stage:
         raise ValueError(
             f"{directory} is of a run of `prime-fast {other}`; continue it with that command, or choose another run_dir"

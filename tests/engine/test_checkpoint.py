@@ -1,5 +1,8 @@
 """Which checkpoints stay, which is the best, and how one is named."""
 
+import pytest
+import torch
+
 from prime_fast.engine import checkpoint
 from prime_fast.evaluation.evaluate import find_model
 
@@ -58,3 +61,13 @@ def test_a_model_is_named_by_its_run_or_as_the_best(tmp_path):
     assert find_model(str(root / "best"), "policy") == str(root / "step-000001" / "policy")
     assert find_model(str(root / "latest"), "prm") == str(root / "step-000002" / "prm")
     assert find_model("some/best", "policy") == "some/best"
+
+
+def test_a_checkpoint_of_another_version_is_told(tmp_path):
+    save(tmp_path, 1)
+    path = checkpoint.latest(tmp_path) / "state" / "trainer.pt"
+    state = checkpoint.read(checkpoint.latest(tmp_path))
+    for other in ({"format": 1}, {}):
+        torch.save({key: value for key, value in state.items() if key != "format"} | other, path)
+        with pytest.raises(ValueError, match=r"step-000001 was written by another version.*model.policy=.*policy"):
+            checkpoint.read(checkpoint.latest(tmp_path))
