@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice, zip_longest
@@ -104,14 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="run PRIME")
     _takes_config(train)
-    train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
-    train.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        metavar="PARTS",
-        help="go on with --resume though these are others now: data, models, tokenizer, reward, packages",
-    )
+    _resumes(train)
     train.add_argument("--dry-run", action="store_true", help="print model sizes, memory plan and passes; needs no GPU")
     train.add_argument("--ranks", type=_count, help="number of GPUs the dry run plans for (default: WORLD_SIZE or 1)")
     train.add_argument(
@@ -121,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sft = commands.add_parser("sft", help="supervised warm start on worked solutions; writes RUN_DIR/model")
     _takes_config(sft)
-    sft.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
+    _resumes(sft)
     sft.set_defaults(run=_sft)
 
     _add_eval(commands.add_parser("eval", help="accuracy on files of rows, with intervals; best-of-n with a PRM"))
@@ -201,6 +194,17 @@ def _takes_reward(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sandbox", choices=SANDBOXES, default=SANDBOXES[0], help="of model-written code")
 
 
+def _resumes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run_dir")
+    command.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="PARTS",
+        help="go on with --resume though these are others now: data, models, tokenizer, reward, packages",
+    )
+
+
 def _takes_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, YAML values")
@@ -228,10 +232,7 @@ def _train(options: argparse.Namespace) -> int:
         card = card_bytes(options.gpu) if options.gpu else None
         ranks = options.ranks or int(os.environ.get("WORLD_SIZE", "1"))
         return 0 if print_dry_run(config, ranks, Console(), card) else 1
-    accepted = {part for words in options.accept for part in words.split(",")}
-    if accepted and not options.resume:
-        raise ValueError("--accept is about the checkpoint that --resume continues; add --resume, or leave it away")
-    newest = _prepare_run_dir(config, options.resume, accepted)
+    newest, accepted = _prepare_run_dir(config, options)
 
     from prime_fast import preflight, resume
     from prime_fast.engine import distributed, zero
@@ -263,13 +264,17 @@ def _sft(options: argparse.Namespace) -> int:
     config = _config(options)
     if not config.sft.data:
         raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
-    newest = _prepare_run_dir(config, options.resume)
+    newest, accepted = _prepare_run_dir(config, options)
 
+    from prime_fast import resume
     from prime_fast.engine import distributed, zero
-    from prime_fast.stages.sft import Sft
+    from prime_fast.stages import sft
 
-    trainer = Sft(config, zero.start())
-    if not _finishes(trainer, config, newest, config.sft.steps):
+    device = zero.start()
+    inputs = _together(lambda: sft.load_inputs(config))
+    renewed = _together(lambda: resume.check(newest, inputs.identity, accepted, sft.STAGE) if newest else set())
+    trainer = sft.Sft(config, device, inputs)
+    if not _finishes(trainer, config, newest, config.sft.steps, renewed):
         return 1
     if distributed.rank() == 0:
         print(f"wrote {trainer.directory}")
@@ -277,13 +282,13 @@ def _sft(options: argparse.Namespace) -> int:
     return 0
 
 
-def _finishes(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int, *renewed: set[str]) -> bool:
+def _finishes(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int, renewed: set[str]) -> bool:
     """Run all of it, from the checkpoint `newest` on; whether it came to its end, or was stopped with a checkpoint."""
     from prime_fast.engine import distributed
     from prime_fast.engine.checkpoint import latest
 
     try:
-        first = trainer.restore(newest, *renewed) if newest else 1
+        first = trainer.restore(newest, renewed) if newest else 1
         trainer.run(_open_run(config, first - 1, steps), first)
     except distributed.Stop as error:
         newest = latest(Path(config.run_dir))
@@ -394,19 +399,22 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options.run_dir, options.quick, options.json)
 
 
-def _prepare_run_dir(config: Config, resume: bool, accepted: Collection[str] | None = None) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh start. Nothing is written yet."""
+def _prepare_run_dir(config: Config, options: argparse.Namespace) -> tuple[Path | None, set[str]]:
+    """The checkpoint to continue from, or None for a fresh start, and what --accept names. Nothing is written yet."""
+    accepted = {part for words in options.accept for part in words.split(",")}
+    if accepted and not options.resume:
+        raise ValueError("--accept is about the checkpoint that --resume continues; add --resume, or leave it away")
     run_dir = Path(config.run_dir)
     place = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.exists(path))
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"run_dir={run_dir}: {place} is no directory that can be written to; choose another run_dir")
-    if resume:
+    if options.resume:
         from prime_fast.resume import newest
 
-        return newest(config, accepted)
+        return newest(config, accepted), accepted
     if (run_dir / "config.yaml").exists():
         raise ValueError(f"{run_dir} already holds a run; continue it with --resume, or choose another run_dir")
-    return None
+    return None, accepted
 
 
 def _open_run(config: Config, resume_step: int, steps: int) -> MetricsLog | None:

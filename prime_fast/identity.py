@@ -37,15 +37,23 @@ SAMPLE_BYTES, SAMPLES = 4096, 1024
 
 def of(config: Config, tokenizer: Any, train: Rows, held_out: Sequence[dict], reward: dict[str, str]) -> Identity:
     """reward: {module: digest} of the reward function (`rewards.RewardPool.sources`)."""
-    evaluated = (json.dumps({k: v for k, v in row.items() if k not in ("prompt_ids", WHERE)}) for row in held_out)
     return {
         "data": {
             "train": f"{len(train)} rows {train.digest()}",
-            "eval": f"{len(held_out)} rows {digest(evaluated)}",
+            "eval": _told(held_out),
         },
         "models": models(config),
         "tokenizer": tokens(tokenizer),
         "reward": reward or {"function": config.reward.function},
+        "packages": packages(config),
+    }
+
+
+def of_sft(config: Config, tokenizer: Any, rows: Rows, held_out: Sequence[dict]) -> Identity:
+    return {
+        "data": {"sft": f"{len(rows)} rows {rows.digest()}", "eval": _told(held_out)},
+        "models": {"policy": model(config.model.policy)},
+        "tokenizer": tokens(tokenizer),
         "packages": packages(config),
     }
 
@@ -92,6 +100,11 @@ def packages(config: Config) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _told(held_out: Sequence[dict]) -> str:
+    rows = (json.dumps({k: v for k, v in row.items() if k not in ("prompt_ids", WHERE)}) for row in held_out)
+    return f"{len(held_out)} rows {digest(rows)}"
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

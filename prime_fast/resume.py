@@ -18,23 +18,29 @@ from prime_fast.identity import Identity
 # Keys and sections that may differ; with --accept, those of the accepted parts too.
 FREE = {"steps", "run_dir", "log", "engine", "sft.steps", "reward.max_failures"}
 ACCEPTS = {
-    "data": {"data"},
+    "data": {"data", "sft.data", "sft.eval", "sft.response"},
     "models": {"model.policy", "model.prm", "model.reference"},
     "tokenizer": set(),
     "reward": {"reward"},
     "packages": set(),
 }
 # What these name is compared by its content, so that it may have moved.
-BY_CONTENT = {"data.train", "data.eval", "model.policy", "model.prm", "model.reference", "reward.function"}
+BY_CONTENT = {
+    "data.train",
+    "data.eval",
+    "sft.data",
+    "sft.eval",
+    "model.policy",
+    "model.prm",
+    "model.reference",
+    "reward.function",
+}
 TOLD = 3  # differences of a part that a message names
 
 
-def newest(config: Config, accepted: Collection[str] | None = None) -> Path | None:
-    """The checkpoint to continue from, None if there is none yet; ValueError if the configuration is another.
-
-    accepted: None where nothing can be accepted.
-    """
-    if unknown := set(accepted or ()) - set(ACCEPTS):
+def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
+    """The checkpoint to continue from, None if there is none yet; ValueError if the configuration is another."""
+    if unknown := set(accepted) - set(ACCEPTS):
         raise ValueError(f"--accept {min(unknown)!r} is none of {', '.join(ACCEPTS)}")
     run_dir = Path(config.run_dir)
     found = latest(run_dir)
@@ -48,11 +54,11 @@ def newest(config: Config, accepted: Collection[str] | None = None) -> Path | No
         )
     before = _flatten(load_config(run_dir / "config.yaml").model_dump())
     now = _flatten(config.model_dump())
-    free = FREE.union(*(ACCEPTS[part] for part in accepted or ()), BY_CONTENT if _identity(found) else ())
+    free = FREE.union(*(ACCEPTS[part] for part in accepted), BY_CONTENT if _identity(found) else ())
     for key in before | now:
         names = {key, key.split(".")[0]}
         if now.get(key) != before.get(key) and not names & free:
-            parts = [part for part, keys in ACCEPTS.items() if names & keys and accepted is not None]
+            parts = [part for part, keys in ACCEPTS.items() if names & keys]
             ways = "".join(f"add --accept {part}, " for part in parts)
             raise ValueError(
                 f"--resume continues the same run, but {key} was {before.get(key)!r} and is {now.get(key)!r}; put it "
@@ -61,12 +67,12 @@ def newest(config: Config, accepted: Collection[str] | None = None) -> Path | No
     return found
 
 
-def check(checkpoint: Path, now: Identity, accepted: Collection[str] = ()) -> set[str]:
+def check(checkpoint: Path, now: Identity, accepted: Collection[str] = (), stage: str = "train") -> set[str]:
     """The parts that are no more what they were when the checkpoint was written.
 
     Raises ValueError, what differs and the way on, if one of them is not accepted; or if it is none of such a run.
     """
-    read(checkpoint)
+    read(checkpoint, stage)
     before = _identity(checkpoint)
     if before is None:
         if set(accepted) < set(ACCEPTS):
@@ -75,7 +81,7 @@ def check(checkpoint: Path, now: Identity, accepted: Collection[str] = ()) -> se
                 f"if they are the same, add --accept {','.join(ACCEPTS)}"
             )
         return set(ACCEPTS)
-    changed = {part: told for part in ACCEPTS if (told := _differences(before.get(part, {}), now[part]))}
+    changed = {part: told for part in ACCEPTS if (told := _differences(before.get(part, {}), now.get(part, {})))}
     refused = [part for part in changed if part not in accepted]
     if refused:
         raise ValueError(

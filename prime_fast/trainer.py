@@ -243,6 +243,8 @@ class Trainer:
         state = checkpoint.load(directory, self._trained())
         self.collector.load_state_dict(state["collector"], renewed)
         self.counts = state["counts"]
+        if "data" in renewed:
+            checkpoint.forget_scores(Path(self.config.run_dir))
         self.rollout.wake(changed=True)
         return state["step"] + 1
 

@@ -88,6 +88,14 @@ def best(run_dir: Path) -> Path | None:
     return _named_by(run_dir / "checkpoints" / BEST)
 
 
+def forget_scores(run_dir: Path) -> None:
+    """The held-out rows are others from now on: no score of before can be compared with those to come."""
+    if distributed.rank() == 0:
+        root = run_dir / "checkpoints"
+        for path in (root / BEST, *root.glob(f"step-*/state/{SCORE}")):
+            path.unlink(missing_ok=True)
+
+
 def find(path: Path) -> Path | None:
     """The checkpoint that RUN_DIR (its newest), RUN_DIR/checkpoints/best or .../latest means; None for other paths."""
     return _named_by(path) if path.name in (BEST, LATEST) else latest(path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 import prime_kernels
+from prime_fast import identity
 from prime_fast.config import Config
 from prime_fast.data.models import load_tokenizer
 from prime_fast.data.rows import PromptSampler, Rows, load_demonstrations
 from prime_fast.engine import checkpoint, distributed, packing
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine
+from prime_fast.identity import Identity
 from prime_fast.metrics import MetricsLog, peak_gib
 from prime_fast.preflight import sample_evenly
 from prime_fast.progress import progress
@@ -28,29 +31,49 @@ from prime_fast.trainer import MAX_FAILED
 STAGE = "sft"  # whose checkpoints they are
 
 
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: Any
+    rows: Rows
+    held_out: list[dict]
+    identity: Identity
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Tokenizer and rows. Raises ValueError in one sentence."""
+    tokenizer = load_tokenizer(config.model.policy)
+    options = {
+        "max_tokens": config.data.max_prompt + config.rollout.max_response,
+        "response": config.sft.response,
+        "drop": config.data.drop,
+        "template": config.data.template,
+        "template_args": config.data.template_args,
+    }
+    rows = load_demonstrations(config.sft.data, tokenizer, **options)
+    files = [load_demonstrations(path, tokenizer, **options) for path in config.sft.eval]
+    parts = sample_evenly(files, config.data.eval_rows)
+    if distributed.rank() == 0:
+        print(f"sft: {rows}")
+        for all_rows, part in zip(files, parts, strict=True):
+            print(f"eval: {len(part)} of {all_rows}" + ", a fixed random sample" * (len(part) < len(all_rows)))
+    held_out = sum(parts, [])
+    return Inputs(tokenizer, rows, held_out, identity.of_sft(config, tokenizer, rows, held_out))
+
+
 class Sft:
     """Trains a policy on demonstrations; RUN_DIR/model gets the last weights, checkpoints/best the ones with the lowest
     validation loss."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config = config
-        self.tokenizer = load_tokenizer(config.model.policy)
-        self.rows = self._load(config.sft.data)
-        files = [self._load([path]) for path in config.sft.eval]
-        parts = sample_evenly(files, config.data.eval_rows)
-        if distributed.rank() == 0:
-            print(f"sft: {self.rows}")
-            for rows, part in zip(files, parts, strict=True):
-                print(f"eval: {len(part)} of {rows}" + ", a fixed random sample" * (len(part) < len(rows)))
-        self.held_out: list[dict] = sum(parts, [])
-        self.sampler = PromptSampler(len(self.rows), config.seed)
+    def __init__(self, config: Config, device: torch.device, inputs: Inputs) -> None:
+        self.config, self.inputs = config, inputs
+        self.sampler = PromptSampler(len(inputs.rows), config.seed)
         self.engine = Engine(STAGE, config.model.policy, config.model, config.engine, config.sft, device)
         self.counts = {"skipped": 0, "failed_in_a_row": 0}
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
         """Train to config.sft.steps. `log` is given on rank 0. Raises Stop, after a checkpoint, where updates fail."""
         section, every = self.config.sft, self.config.log
-        evaluates = bool(self.held_out) and every.eval_every > 0
+        evaluates = bool(self.inputs.held_out) and every.eval_every > 0
         if first_step == 1 and evaluates:
             self._write(log, {"step": 0, "eval_loss": self.validation_loss()})
         for step in range(first_step, section.steps + 1):
@@ -66,7 +89,7 @@ class Sft:
                     f"{MAX_FAILED} steps in a row were skipped: the loss or its gradient is not finite; "
                     "lower sft.lr or check sft.data"
                 )
-        self.engine.save_hf(self.directory, self.tokenizer)
+        self.engine.save_hf(self.directory, self.inputs.tokenizer)
 
     @property
     def directory(self) -> Path:
@@ -76,7 +99,7 @@ class Sft:
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its metrics."""
         section, started = self.config.sft, time.perf_counter()
-        prompts, responses = _tensors([self.rows[i] for i in self.sampler.take(section.mini_batch)])
+        prompts, responses = _tensors([self.inputs.rows[i] for i in self.sampler.take(section.mini_batch)])
         loss = accumulate_nll(self.engine, prompts, responses, self.config.engine.micro_tokens)
         lr = learning_rate(section, step, section.steps)
         result = self.engine.step(lr)
@@ -90,42 +113,33 @@ class Sft:
 
     def validation_loss(self) -> float:
         """Mean negative log-likelihood of the held-out responses, nats per token."""
-        return response_nll(self.engine, *_tensors(self.held_out), self.config.engine.micro_tokens)
+        return response_nll(self.engine, *_tensors(self.inputs.held_out), self.config.engine.micro_tokens)
 
     def save(self, step: int, eval_loss: float | None = None) -> None:
         """eval_loss: of these very weights."""
         state = {"stage": STAGE, "sampler": self.sampler.state_dict(), "counts": dict(self.counts)}
+        state |= {"identity": self.inputs.identity}
         checkpoint.save(
             Path(self.config.run_dir),
             step,
             {"policy": self.engine},
-            self.tokenizer,
+            self.inputs.tokenizer,
             state,
             keep=self.config.log.keep,
             score=None if eval_loss is None else -eval_loss,
         )
 
-    def restore(self, directory: Path) -> int:
-        """Continue from a checkpoint; returns the step to do next."""
+    def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
+        """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
         state = checkpoint.load(directory, {"policy": self.engine}, STAGE)
-        self.sampler.load_state_dict(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"], "data" in renewed)
+        if "data" in renewed:
+            checkpoint.forget_scores(Path(self.config.run_dir))
         self.counts = state["counts"]
         return state["step"] + 1
 
     def close(self) -> None:
         """There is nothing to release."""
-
-    def _load(self, paths: list[str]) -> Rows:
-        config = self.config
-        return load_demonstrations(
-            paths,
-            self.tokenizer,
-            max_tokens=config.data.max_prompt + config.rollout.max_response,
-            response=config.sft.response,
-            drop=config.data.drop,
-            template=config.data.template,
-            template_args=config.data.template_args,
-        )
 
     def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
         if log is not None:

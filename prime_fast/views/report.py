@@ -82,7 +82,7 @@ PANELS = [
     Panel("Entropy (nats per token)", ("entropy",)),
     Panel("KL to the reference (nats per token)", ("reference_kl",)),
     Panel("Groups that pass the filter", ("groups_kept",), percent=True),
-    Panel("Trained rows sampled by an older policy", ("stale",), percent=True),
+    Panel("Rows of an older policy", ("stale",), percent=True),
     Panel("Response length (tokens)", ("response_length",)),
     Panel("Truncated responses", ("truncated",), percent=True),
     Panel("Gradient norm", ("policy_grad_norm", "prm_grad_norm"), log=True, from_zero=False),

@@ -128,3 +128,22 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run_with_a_checkpoin
     assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint.latest(run_dir) / "policy").values())
     assert main([*words, "sft.steps=8", "--resume"]) == 0
     assert [record["skipped"] for record in read_metrics(run_dir)][-2:] == [4, 4] and Path(run_dir, "model").is_dir()
+
+
+def test_other_rows_are_told_and_can_be_accepted(workspace, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((workspace / "rows.jsonl").read_text())
+    words = [*command(workspace, tmp_path / "run", *OPTIONS), f"sft.data={rows}", f"sft.eval={rows}", "log.keep=9"]
+    assert main([*words, "sft.steps=3"]) == 0
+    scored = list((tmp_path / "run/checkpoints").glob("step-*/state/score"))
+    assert scored and checkpoint.best(tmp_path / "run")
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert "data, where sft was 40 rows" in error and error.endswith("--accept data")
+    assert all(path.is_file() for path in scored)
+    assert main([*words, "--resume", "--accept", "data"]) == 0
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(7))
+    assert not any(path.is_file() for path in scored)  # the loss on other rows says nothing about these
+    assert checkpoint.best(tmp_path / "run").name in ("step-000004", "step-000006")
