@@ -27,7 +27,7 @@ from prime_fast.config import (
     save_config,
 )
 from prime_fast.data.shapes import WHERE
-from prime_fast.progress import progress, say
+from prime_fast.progress import lasting_output, progress, say
 from prime_fast.rewards.pool import SANDBOXES
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ ASSIGNMENT = re.compile(r"[\w.]+=")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with lasting_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

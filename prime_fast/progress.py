@@ -11,18 +11,54 @@ ticks. Rank 0 alone speaks. What else is printed during a phase goes through `sa
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
 
 REDRAW_SECONDS = 0.1  # on a terminal
 QUIET_SECONDS, LINE_SECONDS = 10.0, 60.0  # in a log file: before the first line, between two lines
 COLUMNS = 80  # where a terminal does not tell its width
 ERASE = "\r\x1b[K"
+
+
+class _Lasting:
+    """A standard stream that a run outlives: what cannot be written any more is dropped."""
+
+    def __init__(self, stream: TextIO | None, nowhere: TextIO) -> None:
+        self._stream, self._nowhere = stream or nowhere, nowhere  # None: it was closed before Python started
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="replace")  # a character that its encoding lacks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._lasting(self._stream.write, text) or 0
+
+    def flush(self) -> None:
+        self._lasting(self._stream.flush)
+
+    def _lasting(self, work: Callable, *arguments: str) -> Any:
+        try:
+            return work(*arguments)
+        except OSError:  # its reader or its terminal is gone, its disk is full: what it still holds is dropped too
+            os.dup2(self._nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Nobody has to be there to hear a run: with its output closed, broken or full it goes on, unheard."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(_Lasting(sys.stdout, nowhere)),
+        redirect_stderr(_Lasting(sys.stderr, nowhere)),
+    ):
+        yield
 
 
 class Tick:
@@ -137,4 +173,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _columns(stream: TextIO) -> int:
-    return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    except OSError:  # it is gone
+        return COLUMNS

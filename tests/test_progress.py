@@ -4,11 +4,13 @@ import io
 import os
 import pty
 import re
+import sys
 import time
 
+import processes
 import pytest
 
-from prime_fast.progress import LINE_SECONDS, QUIET_SECONDS, progress, say
+from prime_fast.progress import LINE_SECONDS, QUIET_SECONDS, lasting_output, progress, say
 
 SCREEN = re.compile(r"\r\x1b\[K")
 
@@ -150,3 +152,43 @@ def test_a_tick_costs_nothing_that_could_be_measured():
         for _ in range(10_000):
             tick(tokens=5, note="outcome")
     assert (time.process_time() - start) / 10_000 < 20e-6 and stream.getvalue() == ""
+
+
+RUN = """
+from prime_fast.progress import lasting_output, progress, say
+with lasting_output():
+    for step in range(3):
+        with progress("rollouts", at_once=True) as tick:
+            tick()
+        print("outcome", step, "x" * 10000, "\u2192", flush=True)
+        say("end")
+open("trained", "w").close()
+"""
+PYTHON = f"{sys.executable} -c '{RUN}'"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "{} >&-",
+        "{} >&- 2>&-",
+        "{} >/dev/full",
+        "set -o pipefail; {} | head -1",
+        "PYTHONIOENCODING=ascii {} | grep outcome",
+    ],
+)
+def test_a_run_goes_on_though_nobody_can_hear_it(command, tmp_path):
+    environment = processes.environment(PYTHONPATH=os.pathsep.join(sys.path))
+    result = processes.run(["bash", "-c", command.format(PYTHON)], cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stderr, (tmp_path / "trained").exists()) == (0, "", True)
+
+
+def test_a_terminal_that_is_gone(monkeypatch, clock):
+    reader, writer = pty.openpty()
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with lasting_output(), progress("policy", 3, clock=clock) as tick:
+            os.close(reader)
+            for _ in range(3):
+                clock.now += 1
+                tick()
