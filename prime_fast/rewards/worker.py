@@ -47,9 +47,13 @@ def main(reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandb
         _write(stream, {"ready": True, "sources": sources.of(reward, known)})
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # chatter; up to here a traceback was worth seeing
+        me = os.getpid()
         while header := stream.read(HEADER.size):
             response, row = json.loads(stream.read(*HEADER.unpack(header)))
-            _write(stream, _run(function, response, row))
+            reply = _run(function, response, row)
+            if os.getpid() != me:
+                os._exit(0)  # a child that the function forked and let return: its parent answers
+            _write(stream, reply)
     except BadReward as error:
         _write(stream, {"fatal": str(error)})
 
@@ -60,9 +64,10 @@ def _run(function, response: str, row: dict) -> dict:
     except BadReward:
         raise
     except Exception as error:
-        if hasattr(error, "score"):  # code.OutOfTime, whose module only code rewards load
+        code = sys.modules.get("prime_fast.rewards.code")  # which only code rewards load
+        if code and isinstance(error, code.OutOfTime):
             return {"score": error.score, "timeout": True}
-        return {"error": f"{type(error).__name__}: {error}"[:ERROR_CHARS]}
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_CHARS]}  # on one line
 
 
 def _write(stream, message: dict) -> None:

@@ -126,6 +126,27 @@ class TestPool:
             assert 0.5 <= time.monotonic() - start < 4.0
             assert pool.counts == {"timeouts": 1, "errors": 0, "crashes": 0}
 
+    def test_a_forked_child_that_returns_does_not_answer(self, write):
+        code = """
+            import os
+            def act(data_source, solution_str, ground_truth):
+                os.fork()
+                return float(solution_str)
+        """
+        values = [k / 8 for k in range(8)]
+        with RewardPool(write(code), workers=1) as pool:
+            assert pool.score([str(value) for value in values], [ROW] * len(values)) == values
+
+    def test_an_error_is_no_outcome_whatever_it_carries(self, write):
+        code = """
+            class Judged(Exception):
+                score = 0.7
+            def act(data_source, solution_str, ground_truth):
+                raise Judged("first line\\n  second line")
+        """
+        with RewardPool(write(code), workers=1) as pool:
+            assert pool.judge(["r"], [ROW]) == [(0.0, "errors", "Judged: first line second line")]
+
     def test_clock_starts_when_the_sample_starts(self, actor):
         """Six samples of 0.3 s behind one worker all fit a deadline of 1.5 s: none is charged for its wait."""
         with RewardPool(actor, workers=1, timeout=1.5) as pool:
