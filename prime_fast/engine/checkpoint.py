@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from prime_fast.progress import progress
 
 FORMAT = 2  # of trainer.pt, raised when what a trainer writes there becomes another
 LATEST, BEST, SCORE, IDENTITY = "latest", "best", "score", "identity.json"
+NAME = re.compile(r"step-\d+")
 
 
 def save(
@@ -67,20 +70,24 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _point(root / LATEST, final)
-        scores = {path.parents[1]: float(path.read_text()) for path in root.glob(f"step-*/state/{SCORE}")}
+        every = _all(root)
+        known = {directory: directory / "state" / SCORE for directory in every}
+        scores = {directory: float(path.read_text()) for directory, path in known.items() if path.is_file()}
         # of equal scores the newest is the best: it takes no room of its own
         top = max(scores, key=lambda directory: (scores[directory], _step(directory)), default=None)
         if top:
             _point(root / BEST, top)
-        for old in sorted(root.glob("step-*"), key=_step)[:-keep]:
+        until_now = [directory for directory in every if _step(directory) <= step]  # who went back has later ones too
+        for old in until_now[:-keep]:
             if old != top:
                 shutil.rmtree(old)
     distributed.barrier()
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest intact checkpoint, or None."""
-    return _named_by(run_dir / "checkpoints" / LATEST)
+    """The newest intact checkpoint, or None. Where a kill or a copy left no pointer, it is the last: all are whole."""
+    root = run_dir / "checkpoints"
+    return _named_by(root / LATEST) or next(reversed(_all(root)), None)
 
 
 def best(run_dir: Path) -> Path | None:
@@ -115,7 +122,12 @@ def read(directory: Path, stage: str = "train") -> dict[str, Any]:
     path = directory / "state" / "trainer.pt"
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint of this trainer: {path.name} is missing")
-    state = torch.load(path, weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged; to continue from an older checkpoint write its name into {directory.parent / LATEST}"
+        ) from error
     if state.get("format") != FORMAT:
         raise ValueError(
             f"{directory} was written by another version of prime-fast; continue it with that one, or start a new run "
@@ -142,6 +154,11 @@ def _point(pointer: Path, directory: Path) -> None:
 
 def _named_by(pointer: Path) -> Path | None:
     return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def _all(root: Path) -> list[Path]:
+    """Oldest first; not what somebody put beside them under a name of his own, such as step-000050-good."""
+    return sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), key=_step)
 
 
 def _step(directory: Path) -> int:

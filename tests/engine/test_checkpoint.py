@@ -1,5 +1,8 @@
 """Which checkpoints stay, which is the best, and how one is named."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -71,3 +74,38 @@ def test_a_checkpoint_of_another_version_is_told(tmp_path):
         torch.save({key: value for key, value in state.items() if key != "format"} | other, path)
         with pytest.raises(ValueError, match=r"step-000001 was written by another version.*model.policy=.*policy"):
             checkpoint.read(checkpoint.latest(tmp_path))
+
+
+def test_a_copy_under_a_name_of_its_own_is_left_alone(tmp_path):
+    save(tmp_path, 1, 0.9)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "step-000001", root / "step-000001-good")
+    for step in (2, 3):
+        save(tmp_path, step, 0.5, keep=1)
+    assert sorted(os.listdir(root)) == ["best", "latest", "step-000001", "step-000001-good", "step-000003"]
+    assert checkpoint.best(tmp_path).name == "step-000001"
+
+
+def test_who_goes_back_keeps_what_is_written_then(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000001")
+    save(tmp_path, 2, keep=1)
+    assert checkpoint.latest(tmp_path).name == "step-000002" and kept(tmp_path) == [2, 3]
+
+
+def test_without_a_pointer_the_last_one_is_the_newest(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert checkpoint.latest(tmp_path).name == "step-000002"
+
+
+def test_a_damaged_one_is_told(tmp_path):
+    save(tmp_path, 1)
+    state = tmp_path / "checkpoints/step-000001/state/trainer.pt"
+    whole = state.read_bytes()
+    for size in (0, 10, len(whole) // 2):
+        state.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="is damaged; to continue from an older checkpoint write its name into"):
+            checkpoint.read(state.parents[1])
