@@ -406,7 +406,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _prepare_run_dir(config: Config, options: argparse.Namespace) -> tuple[Path | None, set[str]]:
     """The checkpoint to continue from, or None for a fresh start, and what --accept names. Nothing is written yet."""
-    accepted = {part for words in options.accept for part in words.split(",")}
+    accepted = {part.strip() for words in options.accept for part in words.split(",")}
     if accepted and not options.resume:
         raise ValueError("--accept is about the checkpoint that --resume continues; add --resume, or leave it away")
     run_dir = Path(config.run_dir)

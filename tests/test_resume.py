@@ -181,7 +181,7 @@ def test_a_checkpoint_that_does_not_say_is_accepted_as_a_whole(moved, capsys):
         (["data.drop=[broken]"], "data.drop was [] and is ['broken']"),
         (["rollout.vllm.seed=1"], "rollout.vllm.seed was None and is 1; put it back, or start"),
         (["reward.timeout=5"], "add --accept reward, or"),
-        (["--accept", "dta"], "--accept 'dta' is none of data, models, tokenizer, reward, packages"),
+        (["--accept", "data, dta"], "--accept 'dta' is none of data, models, tokenizer, reward, packages"),
     ],
 )
 def test_settings(words, told, moved, capsys):
@@ -201,6 +201,10 @@ def test_a_key_that_an_older_config_lacks_has_its_default(moved):
     path = moved / "run/config.yaml"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "max_failures" not in line))
     assert train(moved, "steps=1", "reward.max_failures=0.3", "--resume") == 0
+
+
+def test_what_an_ended_run_is_told_to_set_may_be_set(moved):
+    assert train(moved, "steps=1", "rollout.patience=0", "--resume") == 0
 
 
 def test_accept_belongs_to_resume(moved, capsys):
