@@ -211,7 +211,7 @@ class Trainer:
                 f"{nothing} and nothing was trained yet: look at samples.jsonl in run_dir whether reward.function is "
                 "right; else give easier or harder rows, a wider rollout.keep, or rollout.patience=0 to go on"
             )
-        return f"finished early: {nothing}. Harder rows or a wider rollout.keep teach more; rollout.patience=0 waits"
+        return f"finished early: {nothing}. Harder rows (--resume --accept data) teach more; rollout.patience=0 waits"
 
     def _save_what_was_trained(self, log: MetricsLog | None, step: int, before: dict[str, Any]) -> None:
         """Leave a checkpoint; of this step if a weight has moved in it, else of the one before, to be made anew."""
@@ -243,6 +243,8 @@ class Trainer:
         state = checkpoint.load(directory, self._trained())
         self.collector.load_state_dict(state["collector"], renewed)
         self.counts = state["counts"]
+        if {"data", "reward"} & set(renewed):
+            self.counts["empty_in_a_row"] = 0
         if "data" in renewed:
             checkpoint.forget_scores(Path(self.config.run_dir))
         self.rollout.wake(changed=True)
