@@ -115,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--gpu", help="compare the dry run with a100-80, a100-40, h100, h200 or a number of GiB; exit code 1: too small"
     )
+    train.add_argument(
+        "--response-tokens", type=_count, metavar="N", help="mean length for the seconds that the dry run predicts"
+    )
+    train.add_argument("--rates", metavar="PATH", help="measured rates for these: a folder of `make gpu`, or a JSON")
     train.set_defaults(run=_train)
 
     sft = commands.add_parser("sft", help="supervised warm start on worked solutions; writes RUN_DIR/model")
@@ -230,13 +234,16 @@ def _train(options: argparse.Namespace) -> int:
     config = _config(options)
     if options.gpu and not options.dry_run:
         raise ValueError("--gpu compares a dry run with a card; add --dry-run, or leave --gpu away")
+    for name in ("response_tokens", "rates"):
+        if getattr(options, name) and not options.gpu:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for the seconds that a dry run predicts of a card; add --dry-run --gpu h200")
     if options.dry_run:
-        from prime_fast.memory.advice import card_bytes
         from prime_fast.views.plan import print_dry_run
 
-        card = card_bytes(options.gpu) if options.gpu else None
         ranks = options.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-        return 0 if print_dry_run(config, ranks, Console(), card) else 1
+        fits = print_dry_run(config, ranks, Console(), options.gpu, options.response_tokens, options.rates)
+        return 0 if fits else 1
     newest, accepted = _prepare_run_dir(config, options)
 
     from prime_fast import preflight, resume

@@ -115,6 +115,12 @@ def test_dry_run_of_the_published_run_needs_no_gpu_and_no_download(capsys, monke
     assert main([*command, "--gpu", "v100"]) == 2
     assert "give one of a100-40, a100-80, h100, h200, or a number of GiB" in capsys.readouterr().err
     assert main([*command[:-1], "--gpu", "h100"]) == 2  # not a dry run
+    capsys.readouterr()
+    assert main([*command, "--response-tokens", "900"]) == 2
+    assert "--response-tokens is for the seconds that a dry run predicts of a card" in capsys.readouterr().err
+    assert main([*command, "--ranks", "8", "--gpu", "h200", "--rates", "nowhere"]) == 2
+    assert main([*command, "--ranks", "8", "--gpu", "h200", "--response-tokens", "900"]) == 0
+    assert "responses of 900 tokens" in capsys.readouterr().out
 
 
 def test_sft_lowers_the_loss_and_writes_a_model(workspace, tmp_path, capsys):

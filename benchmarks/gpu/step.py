@@ -205,7 +205,8 @@ def summary(
 
     shape = trainer.policy.lm.config
     units = {"policy": 3} | ({"reference": 1, "prm": 3} if spec["algorithm"] == "PRIME" else {})
-    forward = flops(shape, length, count)
+    parts = flops(shape, length, count)
+    forward = sum(parts.values())
     seconds = under("seconds/")
     rates = {name: unit * forward / seconds[name] / 1e12 / peak for name, unit in units.items()}
     found = {
@@ -219,6 +220,7 @@ def summary(
         "seconds": seconds,
         "tokens_per_second": length * count / record["seconds"],
         "peak_tflops": peak,
+        "forward_flops": parts,
         "mfu": sum(units.values()) * forward / record["seconds"] / 1e12 / peak,
         "mfu_of_phases": rates,
         "measured_gib": under("memory/"),
@@ -230,14 +232,17 @@ def summary(
     return found
 
 
-def flops(shape: Any, length: int, count: int) -> float:
+def flops(shape: Any, length: int, count: int) -> dict[str, float]:
     """Of one forward over the rows: layers, causal attention, the head on response tokens; not what is recomputed."""
     size, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or size // heads
     projections = size * head_size * 2 * (heads + shape.num_key_value_heads)
-    layer = 2 * (projections + 3 * size * shape.intermediate_size) + 4 * heads * head_size * length / 2
-    head = 2 * size * shape.vocab_size * (1 - 1 / PROMPT_SHARE)
-    return count * length * (layers * layer + head)
+    tokens = count * length
+    return {
+        "layers": tokens * layers * 2 * (projections + 3 * size * shape.intermediate_size),
+        "attention": tokens * layers * 4 * heads * head_size * length / 2,
+        "head": tokens * 2 * size * shape.vocab_size * (1 - 1 / PROMPT_SHARE),
+    }
 
 
 if __name__ == "__main__":

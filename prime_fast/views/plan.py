@@ -1,4 +1,4 @@
-"""The dry run: model sizes, memory by phase and whether it fits a card, passes per step."""
+"""The dry run: model sizes, memory by phase and whether it fits a card, passes and seconds of a step."""
 
 from __future__ import annotations
 
@@ -7,47 +7,32 @@ from rich.table import Table
 
 from prime_fast.config import Config
 from prime_fast.data.models import model_config
-from prime_fast.memory.advice import apply, mend
+from prime_fast.memory.advice import apply, card_bytes, mend
 from prime_fast.memory.items import GIB, total
 from prime_fast.memory.plan import Plan, models
 from prime_fast.memory.shapes import shape
-
-NODE = 8  # ranks that share a host
-
-
-def passes_per_step(config: Config) -> list[tuple[str, str, float]]:
-    """(pass, over which rows, forward units): a backward is 2 units, and one more under gradient checkpointing."""
-    train = 4.0 if config.model.gradient_checkpointing else 3.0
-    steps = {
-        name: max(1, round(config.rollout.prompts * config.rollout.samples / section.mini_batch))
-        for name, section in (("policy", config.policy), ("prm", config.prm))
-    }
-    rows = [("generate (and sync weights once)", "every response", 1.0)]
-    if config.uses_reference:
-        rows.append(("reference forward", "kept responses", 1.0))
-    if config.uses_prm:
-        if config.prime.update == "none":
-            rows.append(("PRM forward", "kept responses", 1.0))
-        else:
-            rows.append((f"PRM forward and backward, {steps['prm']} optimizer steps", "kept responses", train))
-        if config.prime.update == "before":
-            rows.append(("PRM forward again, after its update", "kept responses", 1.0))
-    policy_reference = config.uses_prm and config.prime.reference == "policy"
-    if policy_reference:
-        rows.append(("policy forward: the PRM's reference", "kept responses", 1.0))
-    reused = policy_reference and config.rollout.temperature == 1
-    spared = {"recompute": 0, "update": 1, "engine": steps["policy"]}[config.rollout.old_logprobs]
-    if spared < steps["policy"] and not reused:
-        rows.append(("policy forward: old log-probs", "kept responses", 1.0 - spared / steps["policy"]))
-    epochs = config.policy.epochs
-    updates = f"policy forward and backward, {epochs * steps['policy']} optimizer steps"
-    rows.append((updates, "kept responses", epochs * train))
-    return rows
+from prime_fast.speed.plan import NODE, PROMPT, RESPONSE, WORTH, Seconds
+from prime_fast.speed.plan import advice as faster
+from prime_fast.speed.rates import CARDS, known, measured
+from prime_fast.speed.step import passes_per_step
 
 
-def print_dry_run(config: Config, ranks: int, console: Console, card: int | None = None) -> bool:
-    """Print what a run on `ranks` GPUs (of `card` bytes each, if given) holds and does; returns whether it fits."""
-    plan = Plan(config, ranks, card)
+def print_dry_run(
+    config: Config,
+    ranks: int,
+    console: Console,
+    gpu: str | None = None,
+    response: int | None = None,
+    rates: str | None = None,
+) -> bool:
+    """Print what a run on `ranks` GPUs (of the kind `gpu`, as card_bytes takes it) holds, does and takes; returns
+    whether it fits.
+
+    response: mean tokens of a response. rates: a file or folder of measured rates, see speed.rates.measured.
+    """
+    plan = Plan(config, ranks, card_bytes(gpu) if gpu else None)
+    found = measured(gpu, rates) if gpu and known(gpu) else None
+    seconds = Seconds(plan, found[0], response) if found else None
     console.print(_models_table(config))
     console.print(_phases_table(plan))
     console.print(_items_table(plan))
@@ -59,11 +44,41 @@ def print_dry_run(config: Config, ranks: int, console: Console, card: int | None
         f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with the newest "
         f"{config.log.keep} that are kept{', the best' if config.evaluates else ''} and one being written."
     )
-    if card is None:
+    if gpu is None:
         return True
+    if seconds:
+        console.print(_seconds_table(seconds))
+        for sentence in forecast(seconds, found[1], assumed=response is None):
+            console.print(sentence)
+    else:
+        console.print(f"No seconds: --gpu {gpu} does not say which card it is; give one of {', '.join(CARDS)}.")
     for sentence in verdict(plan):
         console.print(sentence, style="bold" if plan.fits else "bold red")
     return plan.fits
+
+
+def forecast(seconds: Seconds, source: str, assumed: bool) -> list[str]:
+    """Sentences: what the seconds assume, the longest phase, the setting that shortens the step most."""
+    longest = seconds.config.rollout.max_response
+    given = f"{RESPONSE:.0%} of rollout.max_response, --response-tokens says otherwise" if assumed else "as given"
+    lines = [
+        f"Predicted, not measured, for responses of {seconds.response:.0f} tokens on average ({given}), log-normal and "
+        f"cut at {longest}, prompts of {seconds.prompt:.0f} ({PROMPT:.0%} of data.max_prompt), {seconds.pass_rate:.0%} "
+        f"of the groups passing rollout.keep. Rates: {source}.",
+    ]
+    top = seconds.bottleneck
+    line = f"Longest phase: {top}, {seconds.phases[top] / seconds.total:.0%} of {seconds.total:.4g} s"
+    if top == "generate":
+        line += f", {seconds.slots} sequences at a time on each of {seconds.engines} engines"
+    lines.append(f"{line}; {seconds.tokens_per_second:.0f} trained tokens/s.")
+    if not seconds.plan.fits:
+        return lines  # first it has to fit
+    if found := faster(seconds):
+        settings = " ".join(f"{key}={str(value).lower()}" for key, value in found[0].items())
+        lines.append(f"What would help most: {settings}, about {found[1]:.3g} s less a step, and it still fits.")
+    else:
+        lines.append(f"No setting that leaves the results as they are shortens it by more than {WORTH:.0%}.")
+    return lines
 
 
 def verdict(plan: Plan) -> list[str]:
@@ -130,11 +145,20 @@ def _items_table(plan: Plan) -> Table:
 def _passes_table(config: Config) -> Table:
     table = Table("pass", "over", "forward units", title="Passes per step")
     units = 0.0
-    for name, rows, unit in passes_per_step(config):
-        table.add_row(name, rows, f"{unit:g}")
-        units += unit if rows == "kept responses" else 0
+    for made in passes_per_step(config):
+        table.add_row(made.what, made.rows, f"{made.units:g}")
+        units += made.units if made.rows == "kept responses" else 0
     table.add_section()
     table.add_row("sum over kept responses", "", f"{units:g}")
+    return table
+
+
+def _seconds_table(seconds: Seconds) -> Table:
+    table = Table("phase", "seconds", "share", title="Seconds of a step, predicted")
+    for phase, spent in seconds.phases.items():
+        table.add_row(phase, f"{spent:.4g}", f"{spent / seconds.total:.1%}")
+    table.add_section()
+    table.add_row("step", f"{seconds.total:.4g}", "")
     return table
 
 

@@ -36,24 +36,44 @@ def published(monkeypatch):
 )
 def test_passes_per_step(overrides, units, published):
     passes = plan.passes_per_step(published(*overrides))
-    assert sum(unit for _, rows, unit in passes if rows == "kept responses") == units
+    assert sum(made.units for made in passes if made.rows == "kept responses") == units
 
 
 def test_the_dry_run_says_what_fits(published, capsys):
     console = Console(width=200)
-    assert plan.print_dry_run(published(), 8, console, card_bytes("a100-80"))
+    assert plan.print_dry_run(published(), 8, console, "a100-80")
     fits = capsys.readouterr().out
     assert "Tightest phase: checkpoint, 74.5 GiB of 79.1 GiB: fits with 4.6 GiB." in fits
     assert "holds 83.4 sequences" in fits
     assert "198.6 GiB on disk, 794.4 GiB with the newest 2 that are kept, the best and one being" in fits
     for phase in ("load", "resume", "generate", "reference", "prm step", "policy", "sync", "checkpoint"):
         assert f"│ {phase} " in fits
-    assert not plan.print_dry_run(published(), 8, console, card_bytes("a100-40"))
+    assert not plan.print_dry_run(published(), 8, console, "a100-40")
     assert "does not fit, over by 18.0 GiB" in (small := capsys.readouterr().out)
     assert "Set engine.offload=cpu: then" in small
     assert plan.print_dry_run(published(), 8, console)
     unknown = capsys.readouterr().out
     assert "Tightest" not in unknown and "left" not in unknown
+
+
+def test_the_dry_run_predicts_seconds_of_a_card_that_it_knows(published, capsys):
+    console = Console(width=400)
+    plan.print_dry_run(published(), 8, console, "A100-80")
+    said = capsys.readouterr().out
+    assert "for responses of 1229 tokens on average (40% of rollout.max_response, --response-tokens says" in said
+    assert "Longest phase: generate, " in said and "trained tokens/s" in said and "prime_fast/speed/rates.py" in said
+    for phase in ("generate", "reference", "prm", "old_logprobs", "policy", "sync and other", "step"):
+        assert f"│ {phase} " in said.split("Seconds of a step")[1]
+    plan.print_dry_run(published("rollout.vllm.enforce_eager=true"), 8, console, "a100-80", 2000)
+    said = capsys.readouterr().out
+    assert "2000 tokens on average (as given)" in said
+    assert "What would help most: rollout.vllm.enforce_eager=false, about " in said
+    plan.print_dry_run(published(), 8, console, "80")
+    said = capsys.readouterr().out
+    assert "No seconds: --gpu 80 does not say which card it is; give one of a100-40, a100-80," in said
+    assert "Seconds of a step" not in said
+    with pytest.raises(ValueError, match="--response-tokens 4000 is more than rollout.max_response=3072"):
+        plan.print_dry_run(published(), 8, console, "h100", 4000)
 
 
 def test_offloading_is_advised_with_what_the_host_then_holds(published):

@@ -1,0 +1,1 @@
+"""What a step will take: the plan in seconds."""

@@ -1,0 +1,132 @@
+"""The passes of a step, and the seconds of one: matrix products, attention, LM head, and ZeRO-3's traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from prime_fast.config import Config
+from prime_fast.memory.shapes import Shape
+from prime_fast.speed.rates import Rates
+
+OPTIMIZER_BYTES = 40  # a parameter: gradient read for its norm and again; master, two moments in and out; weight out
+HEAD = {False: 1, True: 3}  # matrix products of the LM head: its gradients come out of its forward, nothing is redone
+
+
+class Pass(NamedTuple):
+    phase: str  # of the trainer's stopwatch
+    what: str
+    rows: str
+    units: float  # forwards: a backward is 2, and one more under gradient checkpointing
+    steps: int = 0  # optimizer steps
+    trains: bool = False
+
+
+def passes_per_step(config: Config) -> list[Pass]:
+    train = 4.0 if config.model.gradient_checkpointing else 3.0
+    steps = {
+        name: max(1, round(config.rollout.prompts * config.rollout.samples / section.mini_batch))
+        for name, section in (("policy", config.policy), ("prm", config.prm))
+    }
+    kept = "kept responses"
+    rows = [Pass("generate", "generate (and sync weights once)", "every response", 1.0)]
+    if config.uses_reference:
+        rows.append(Pass("reference", "reference forward", kept, 1.0))
+    policy_reference = config.uses_prm and config.prime.reference == "policy"
+    if policy_reference:
+        rows.append(Pass("reference", "policy forward: the PRM's reference", kept, 1.0))
+    if config.uses_prm:
+        if config.prime.update == "none":
+            rows.append(Pass("prm", "PRM forward", kept, 1.0))
+        else:
+            what = f"PRM forward and backward, {steps['prm']} optimizer steps"
+            rows.append(Pass("prm", what, kept, train, steps["prm"], trains=True))
+        if config.prime.update == "before":
+            rows.append(Pass("prm", "PRM forward again, after its update", kept, 1.0))
+    reused = policy_reference and config.rollout.temperature == 1
+    spared = {"recompute": 0, "update": 1, "engine": steps["policy"]}[config.rollout.old_logprobs]
+    if spared < steps["policy"] and not reused:
+        rows.append(Pass("old_logprobs", "policy forward: old log-probs", kept, 1.0 - spared / steps["policy"]))
+    epochs = config.policy.epochs
+    updates = epochs * steps["policy"]
+    what = f"policy forward and backward, {updates} optimizer steps"
+    rows.append(Pass("policy", what, kept, epochs * train, updates, trains=True))
+    return rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a pass runs over, on all ranks together."""
+
+    count: int
+    tokens: float  # fed
+    squares: float  # sum of the squares of the rows' tokens
+    responses: float  # response tokens
+
+    @classmethod
+    def of(cls, prompt: float, responses: tuple[float, ...], count: int) -> Rows:
+        """`count` rows whose responses have the given lengths in equal shares."""
+        fed = [prompt + response for response in responses]
+        share = count / len(responses)
+        return cls(count, share * sum(fed), share * sum(n * n for n in fed), share * sum(responses))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One model on its ranks."""
+
+    shape: Shape
+    rates: Rates
+    ranks: int
+    node: int = 8  # ranks that share fast links
+    width: int = 2  # bytes a parameter in the forward, and a gradient on its way
+    offload: bool = False  # parameters and optimizer states rest in host memory
+    fused_layers: bool = False
+
+    @property
+    def products(self) -> int:
+        """Parameters that every token is multiplied with: not the embedding, nor the LM head."""
+        return max(1, self.shape.count - self.shape.head * (1 if self.shape.tied else 2))
+
+    @property
+    def flops(self) -> float:
+        return self.rates.flops(self.width == 4)
+
+    def forward_flops(self, rows: Rows) -> dict[str, float]:
+        """Of one forward over the rows: 2 N n + 2 H L n^2 as in packing.work, and the head on response tokens."""
+        shape = self.shape
+        return {
+            "layers": 2 * self.products * rows.tokens,
+            "attention": 2 * shape.heads * shape.head_size * shape.layers * rows.squares,
+            "head": 2 * shape.head * rows.responses,
+        }
+
+    def computing(self, rows: Rows, units: float, heads: float) -> float:
+        """Seconds of `units` forwards and `heads` products of the LM head, were they all that there is."""
+        rates, flops = self.rates, self.forward_flops(rows)
+        layers = rates.layers if self.fused_layers else rates.layers * rates.hf_layers
+        spent = units * flops["layers"] / layers + units * flops["attention"] / rates.attention
+        spent += heads * flops["head"] / rates.head
+        return spent / self.flops / self.ranks / rates.balance
+
+    def traffic(self, trains: bool) -> float:
+        """Seconds that one micro-batch's parameters take to be gathered, and its gradients to be reduced."""
+        rates, whole = self.rates, self.shape.count * self.width
+        moves = 3 if trains else 1  # for the forward, for the backward; gradients
+        link = rates.link if self.ranks <= self.node else rates.network
+        seconds = moves * whole * (self.ranks - 1) / self.ranks / (link * rates.collective)
+        return seconds + (moves * whole / self.ranks / rates.pcie if self.offload else 0.0)
+
+    def pass_seconds(self, rows: Rows, units: float, micro_batches: float, trains: bool, passes: float = 1.0) -> float:
+        """Seconds of `passes` runs over the rows, of `units` forwards together, each in `micro_batches` a rank."""
+        rates = self.rates
+        computing = self.computing(rows, units, passes * HEAD[trains])
+        floor = units * micro_batches * self.shape.layers * rates.layer
+        computing, traffic = max(computing, floor), passes * micro_batches * self.traffic(trains)
+        return max(computing, traffic) + rates.exposed * min(computing, traffic)
+
+    def optimizer_step(self) -> float:
+        share, rates = self.shape.count / self.ranks, self.rates
+        if not self.offload:
+            return share * OPTIMIZER_BYTES / (rates.memory * rates.streaming)
+        return share * (OPTIMIZER_BYTES / rates.host + (4 + self.width) / rates.pcie)
