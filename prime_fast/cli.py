@@ -119,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
         "--response-tokens", type=_count, metavar="N", help="mean length for the seconds that the dry run predicts"
     )
     train.add_argument("--rates", metavar="PATH", help="measured rates for these: a folder of `make gpu`, or a JSON")
+    train.add_argument(
+        "--profile",
+        type=_profiled_step,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="profile step N (default: the third) into RUN_DIR/profile: a trace, and a table of where the time goes",
+    )
     train.set_defaults(run=_train)
 
     sft = commands.add_parser("sft", help="supervised warm start on worked solutions; writes RUN_DIR/model")
@@ -186,6 +194,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _profiled_step(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no step to profile; give a number, or put --profile after CONFIG")
+    return int(text)
+
+
 def _json_object(text: str) -> dict:
     try:
         value = json.loads(text)
@@ -238,12 +252,19 @@ def _train(options: argparse.Namespace) -> int:
         if getattr(options, name) and not options.gpu:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is for the seconds that a dry run predicts of a card; add --dry-run --gpu h200")
+    if options.profile is not None and options.dry_run:
+        raise ValueError("--profile needs steps, and a dry run makes none; leave one of the two away")
     if options.dry_run:
         from prime_fast.views.plan import print_dry_run
 
         ranks = options.ranks or int(os.environ.get("WORLD_SIZE", "1"))
         fits = print_dry_run(config, ranks, Console(), options.gpu, options.response_tokens, options.rates)
         return 0 if fits else 1
+    profile = None
+    if options.profile is not None:
+        from prime_fast.profile import Profile
+
+        profile = Profile(config.run_dir, config.steps, options.profile or None)
     newest, accepted = _prepare_run_dir(config, options)
 
     from prime_fast import preflight, resume
@@ -263,9 +284,12 @@ def _train(options: argparse.Namespace) -> int:
     inputs = _together(lambda: preflight.load_inputs(config))
     known, renewed = distributed.gather_lists([_together(check)])[0]
     trainer = Trainer(config, device, replace(inputs, identity=known))
+    trainer.profile = profile or trainer.profile
     if not _finishes(trainer, config, newest, config.steps, renewed):
         return 1
     if distributed.rank() == 0:
+        if profile and not profile.made:
+            say("no profile: the run ended before, or was resumed behind, the step to profile")
         _report(argparse.Namespace(runs=[config.run_dir], out=None))
         print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
         _name_the_best(config, "held-out accuracy")

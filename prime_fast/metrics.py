@@ -7,8 +7,8 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class Phases:
         self._total: dict[str, float] = {}
         self._peak: dict[str, int] = {}
         self._running: list[str] = []
+        self.mark: Callable[[str], AbstractContextManager] = nullcontext  # entered around each phase, with its name
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -37,7 +38,8 @@ class Phases:
         self._running.append(name)
         start = _now()
         try:
-            yield
+            with self.mark(name):
+                yield
         finally:
             self._total[name] = self._total.get(name, 0.0) + _now() - start
             self._note_peak()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import prime_kernels
-from prime_fast import passes, preflight, prime
+from prime_fast import passes, preflight, prime, profile
 from prime_fast.config import Config, OptimizerConfig
 from prime_fast.engine import checkpoint, distributed
 from prime_fast.engine.batch import Batch, Group
@@ -58,6 +58,7 @@ class Trainer:
             config.reward.max_failures,
         )
         self.phases, self.last_write = Phases(), time.perf_counter()
+        self.profile = profile.off
         self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
         self.record: dict[str, Any] = {}  # metrics of the step in work, as far as they are known
         self.moved: set[str] = set()  # models whose weights it has changed so far
@@ -76,7 +77,8 @@ class Trainer:
         for step in range(first_step, config.steps + 1):
             before = self._state()
             try:
-                self.step(step)
+                with self.profile(step, self.phases):
+                    self.step(step)
                 ending = self._ending()
                 last = step == config.steps or ending is not None
                 if evaluates and (step % config.log.eval_every == 0 or last):

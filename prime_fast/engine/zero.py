@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
@@ -110,6 +111,7 @@ class Engine:
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self.deepspeed.backward(loss * poison, scale_wrt_gas=False)
 
+    @record_function("optimizer")
     def step(self, lr: float) -> StepResult:
         """Average the accumulated gradients over ranks, clip, update. Non-finite gradients leave the weights alone."""
         for group in self.deepspeed.optimizer.param_groups:
