@@ -22,16 +22,16 @@ def records(run_dir):
 
 def test_a_profiled_run_is_the_same_run_and_tells_where_its_time_went(workspace, tmp_path, capsys):
     def train(name, *options):
-        words = [f"run_dir={tmp_path / name}", "steps=2", "log.eval_every=0"]
+        words = [f"run_dir={tmp_path / name}", "steps=2", "log.eval_every=0", "rollout.prompts=3"]
         assert main(["train", str(workspace / "config.yaml"), *words, *options]) == 0
 
     train("plain")
-    train("profiled", "--profile", "2")
+    train("profiled", "--profile", "1")  # and the step after it
     assert records(tmp_path / "profiled") == records(tmp_path / "plain")
     assert not (tmp_path / "plain/profile").exists()
     left = sorted(path.name for path in (tmp_path / "profiled/profile").iterdir())
-    assert left == ["step-000002.json.gz", "step-000002.txt"]
-    with gzip.open(tmp_path / "profiled/profile/step-000002.json.gz", "rt") as file:
+    assert left == ["step-000001.json.gz", "step-000001.txt"]
+    with gzip.open(tmp_path / "profiled/profile/step-000001.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     segments = timeline(events)
     spent = profile.by_phase_and_group(segments)
@@ -43,9 +43,9 @@ def test_a_profiled_run_is_the_same_run_and_tells_where_its_time_went(workspace,
         for group in (GEMM, "attention", "LM head", "optimizer", OTHER, HOST):
             assert spent[phase, group] > 0, (phase, group)
     assert ("reference", "LM head") in spent and ("reference", "optimizer") not in spent
-    text, said = (tmp_path / "profiled/profile/step-000002.txt").read_text(), capsys.readouterr().out
-    assert "Step 2: where its" in text and "What takes most, by itself" in text and "aten::" in text
-    assert "Step 2: where its" in said and "perfetto" in said
+    text, said = (tmp_path / "profiled/profile/step-000001.txt").read_text(), capsys.readouterr().out
+    assert "Step 1: where its" in text and "What takes most, by itself" in text and "aten::" in text
+    assert "Step 1: where its" in said and "perfetto" in said
     line = next(line for line in text.splitlines() if line.startswith("│ step "))
     assert float(line.split("│")[2]) == 100.0
 
