@@ -209,4 +209,3 @@ def scores(prm: Tensor, ref: Tensor, batch: Batch) -> Tensor:
         for t in range(offsets[row], offsets[row + 1]):
             found[t] = ratio[t]
     return found
-
