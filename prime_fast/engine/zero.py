@@ -62,6 +62,8 @@ class Engine:
     Every rank must call run, backward, step, weights and save the same number of times.
     """
 
+    wrap: type[nn.Module] = PackedLM  # what `run` calls; its attribute lm is the model
+
     def __init__(
         self,
         role: str,
@@ -83,7 +85,7 @@ class Engine:
         lm.config.use_cache = False
         if model.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # its name until transformers 6
-        module = PackedLM(lm)
+        module = self.wrap(lm)
         self.attention = attention_share(lm)
         for parameter in module.parameters():
             parameter.requires_grad_(self.trains)

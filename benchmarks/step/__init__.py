@@ -1,0 +1,1 @@
+"""Whole training steps side by side; see `python -m benchmarks.step --help`."""
