@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,6 +155,7 @@ def operators(segments: list[Segment], calls: Mapping[str, int]) -> Table:
     return made
 
 
+@cache
 def group_of(name: str) -> str | None:
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), None)
 
