@@ -163,7 +163,7 @@ def write_model(path: Path, shape: str, device: str) -> None:
 
 
 class Given:
-    """In the place of the collector: the same random groups at every step, waiting since an earlier one."""
+    """In the place of the collector: the same random groups at every step, sampled by weights that never were."""
 
     surplus: tuple = ()
 
@@ -181,7 +181,7 @@ class Given:
         self.groups = [
             Group(
                 i, i, tuple(draw(prompt).tolist()), tuple(Sample(draw(response), logprob, True) for _ in range(K)),
-                tuple(float(k % 2) for k in range(K)),
+                tuple(float(k % 2) for k in range(K)), version=-1,
             )
             for i in range(count // K)
         ]  # fmt: skip
