@@ -23,6 +23,7 @@ from prime_fast.engine import distributed
 from prime_fast.engine.batch import Sample
 from prime_fast.evaluation import evaluate
 from prime_fast.metrics import Phases
+from prime_fast.rewards.pool import Verdict
 from prime_fast.rollout import EngineDied, Request, RolloutEngine, make_engine, process
 from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
@@ -310,9 +311,9 @@ def test_a_bucket_from_another_gpu_is_fetched_before_it_is_read(events, monkeypa
 class SlowPool:
     """Outcomes after a second."""
 
-    def score(self, responses, rows):
+    def judge(self, responses, rows):
         time.sleep(1.0)
-        return [1.0] * len(responses)
+        return [Verdict(1.0)] * len(responses)
 
 
 def test_a_rank_without_work_does_not_keep_the_others_waiting(configure):
@@ -331,7 +332,8 @@ def test_a_rank_without_work_does_not_keep_the_others_waiting(configure):
 def test_a_verifier_waits_for_everything_where_it_is_to():
     verifier = Verifier(SlowPool())
     verifier.put("a", ["x", "y"], {})
-    assert verifier.take(0.0) == []
+    assert verifier.take(0.0).done == []
     verifier.put("b", ["z"], {})
-    assert verifier.take(None) == [("a", (1.0, 1.0)), ("b", (1.0,))] and verifier.take(None) == []
+    right = Verdict(1.0)
+    assert verifier.take(None).done == [("a", [right] * 2), ("b", [right])] and verifier.take(None).done == []
     verifier.close()
