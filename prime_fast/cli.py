@@ -321,10 +321,12 @@ def _sft(options: argparse.Namespace) -> int:
 def _finishes(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int, renewed: set[str]) -> bool:
     """Run all of it, from the checkpoint `newest` on; whether it came to its end, or was stopped with a checkpoint."""
     from prime_fast.engine import distributed
-    from prime_fast.engine.checkpoint import latest
+    from prime_fast.engine.checkpoint import forget_scores, latest
 
     try:
         first = trainer.restore(newest, renewed) if newest else 1
+        if "data" in renewed:
+            forget_scores(Path(config.run_dir))
         trainer.run(_open_run(config, first - 1, steps), first)
     except distributed.Stop as error:
         newest = latest(Path(config.run_dir))

@@ -247,8 +247,6 @@ class Trainer:
         self.counts = state["counts"]
         if {"data", "reward"} & set(renewed):
             self.counts["empty_in_a_row"] = 0
-        if "data" in renewed:
-            checkpoint.forget_scores(Path(self.config.run_dir))
         self.rollout.wake(changed=True)
         return state["step"] + 1
 

@@ -44,8 +44,8 @@ def hf_model(engine, path):
     return model
 
 
-def update(trainer, batch, advantage, **changes):
-    minis = passes.split(batch, len(batch.responses), 120)
+def update(trainer, batch, advantage, minis=None, **changes):
+    minis = minis or passes.split(batch, len(batch.responses), 120)
     temperature = trainer.config.rollout.temperature
     options = {
         "old_logprob": None,
@@ -96,29 +96,14 @@ def test_later_epochs_compare_with_the_policy_before_the_first(configure, device
         rest = epochs[0][1:] if own_first else epochs[0]
         old = passes.score(trainer.policy, batch, rest)
         advantage = (batch.outcome - 0.5).repeat_interleave(batch.cu_seqlens.diff())
-        result = update_epochs(trainer, batch, epochs, advantage, old, own_first)
+        options = {"ref_logprob": None, "importance_cap": 0.0, "lr": 3e-3}
+        minis = [mini for minis in epochs for mini in minis]
+        result = update(trainer, batch, advantage, minis, old_logprob=old, own_first=own_first, **options)
         assert result.updates.applied == result.updates.made == sum(map(len, epochs))
         assert abs(result.approx_kl) > 1e-4 and result.clip_fraction > 0
         moved.append(torch.cat([(tensor - start[name]).flatten() for name, tensor in trainer.policy.weights()]))
         trainer.close()
     assert (moved[0] - moved[1]).norm() / moved[0].norm() < 1e-3
-
-
-def update_epochs(trainer, batch, epochs, advantage, old, own_first):
-    return passes.train_policy(
-        trainer.policy,
-        batch,
-        [mini for minis in epochs for mini in minis],
-        advantage,
-        old_logprob=old,
-        own_first=own_first,
-        ref_logprob=None,
-        importance_cap=0.0,
-        temperature=1.0,
-        top_p=1.0,
-        config=trainer.config.policy,
-        lr=3e-3,
-    )
 
 
 def test_whole_rewards_come_with_the_last_token(configure, device):

@@ -159,12 +159,7 @@ def draw(folder: Path, records: dict[str, dict]) -> list[str]:
     if steps := cases(results(records["step"])):
         figure = Figure(figsize=(8, 0.9 + 0.45 * len(steps)), layout="constrained")
         axis = figure.subplots()
-        left = [0.0] * len(steps)
-        for phase in PHASES:
-            widths = [case["seconds"].get(phase, 0.0) for case in steps]
-            axis.barh([case["case"] for case in steps], widths, left=left, label=phase)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axis.invert_yaxis()
+        stacked(axis, [case["case"] for case in steps], [case["seconds"] for case in steps], PHASES)
         axis.set_xlabel("seconds of a step")
         axis.legend(fontsize=7, ncols=3)
         figure.savefig(folder / "step.png", dpi=130)
@@ -174,3 +169,13 @@ def draw(folder: Path, records: dict[str, dict]) -> list[str]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def stacked(axis: Any, names: list[str], seconds: list[dict[str, float]], phases: Iterable[str]) -> None:
+    """A bar for each name, from top to bottom, made of its seconds in each phase."""
+    left = [0.0] * len(names)
+    for phase in phases:
+        widths = [parts.get(phase, 0.0) for parts in seconds]
+        axis.barh(names, widths, left=left, label=phase)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.invert_yaxis()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.table import stacked
 from benchmarks.lm_head import summary
 from prime_fast.engine.batch import Batch, Group
 
@@ -123,12 +124,7 @@ def plot(found: list[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.subplots(len(cases), squeeze=False)[:, 0]
     for axis, case in zip(axes, cases, strict=True):
         ran = [row for row in found if row["case"] == case and "seconds" in row]
-        left = [0.0] * len(ran)
-        for name in PHASES:
-            widths = [row["phases"].get(name, 0.0) for row in ran]
-            axis.barh([row["arm"] for row in ran], widths, left=left, label=name)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axis.invert_yaxis()
+        stacked(axis, [row["arm"] for row in ran], [row["phases"] for row in ran], PHASES)
         axis.set_title(f"{case} rows", fontsize=9)
         axis.tick_params(labelsize=7)
     axes[0].legend(fontsize=7, ncols=2)

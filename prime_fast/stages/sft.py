@@ -133,8 +133,6 @@ class Sft:
         """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
         state = checkpoint.load(directory, {"policy": self.engine}, STAGE)
         self.sampler.load_state_dict(state["sampler"], "data" in renewed)
-        if "data" in renewed:
-            checkpoint.forget_scores(Path(self.config.run_dir))
         self.counts = state["counts"]
         return state["step"] + 1
 
