@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.table import stacked
+from benchmarks.gpu.table import grid, stacked
 from benchmarks.lm_head import summary
 from prime_fast.engine.batch import Batch, Group
 
@@ -87,10 +87,6 @@ def met(comparison: dict[str, Any]) -> bool | None:
     if "at_least" in comparison:
         return comparison["ratio"] >= comparison["at_least"]
     return comparison["ratio"] <= comparison["at_most"] if "at_most" in comparison else None
-
-
-def grid(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def rows(found: list[dict[str, Any]]) -> str:
