@@ -104,6 +104,8 @@ class PrimeConfig(Section):
     update: Literal["after", "before", "none"] = "after"
     reference: Literal["sft", "policy"] = "sft"
     beta: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 0.05
+    # train the PRM on groups as they come, where engines work beside the trainer (rollout.vllm.gpus, or vLLM on a CPU)
+    overlap: bool = True
     granularity: Literal["token", "whole"] = "token"  # whole: a row's process reward comes with its last token
     estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
     form: Literal["run", "paper"] = "run"

@@ -37,12 +37,6 @@ class Updates(NamedTuple):
     grad_norm: float  # before clipping
 
 
-class PrmPass(NamedTuple):
-    logprob: Tensor  # (T,) of the forward each row was trained with, before its own update
-    score: Tensor  # (R,) beta * Q of that forward
-    updates: Updates
-
-
 class PolicyPass(NamedTuple):
     """Means are over the response tokens of the mini-batches that were applied, each counted in every epoch."""
 
@@ -73,9 +67,9 @@ def split(
     count = len(batch.responses)
     if shuffle is None:
         groups = batch.group.unique_consecutive(return_counts=True)[1].tolist()
-        parts = [[row for group in part for row in group] for part in _even(_runs(groups), count / mini_batch)]
+        parts = [[row for group in part for row in group] for part in even(_runs(groups), count / mini_batch)]
     else:
-        parts = _even(torch.randperm(count, generator=shuffle).tolist(), count / mini_batch)
+        parts = even(torch.randperm(count, generator=shuffle).tolist(), count / mini_batch)
     lengths = batch.lengths
     minis = []
     for rows in parts:
@@ -100,47 +94,41 @@ def score_at(
 ) -> dict[float, Tensor]:
     """`score` at several temperatures from one forward, with an LM head for each."""
     flats = {temperature: _flat(batch, engine) for temperature in temperatures}
-
-    def heads(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, targets: Tensor) -> list[Tensor]:
-        op = partial(prime_kernels.linear_logprob, hidden, weight, targets, bias=bias)
-        return [op(temperature=temperature) for temperature in flats]
-
     for _, packs in _told(f"{engine.role} forward", batch, minis, engine):
         for pack in packs:
-            logprobs = engine.run(pack, partial(heads, targets=pack.targets))
-            for flat, logprob in zip(flats.values(), logprobs, strict=True):
-                pack.put(flat, logprob)
+            score_pack(engine, pack, flats)
     return {temperature: distributed.sum_(flat) for temperature, flat in flats.items()}
 
 
-def train_prm(
-    engine: Engine, batch: Batch, minis: list[MiniBatch], ref_logprob: Tensor, *, beta: float, lr: float
-) -> PrmPass:
-    """One optimizer step per mini-batch on the cross-entropy of sigmoid(beta * Q) and the outcome."""
-    flat = _flat(batch, engine)
-    scores = flat.new_zeros(len(batch.responses))
-    outcome = batch.outcome.to(engine.device)
-    losses, steps = [], []
-    for mini, packs in _told(f"{engine.role} update", batch, minis, engine):
-        row_weight = torch.full_like(outcome, distributed.world_size() / len(_rows(mini)))
-        total = flat.new_zeros(())
-        for pack in packs:
-            op = _on(
-                partial(prime_kernels.linear_prm_loss, beta=beta, row_weight=pack.select_rows(row_weight)),
-                pack.targets,
-                pack.select(ref_logprob),
-                pack.select_rows(outcome),
-                pack.cu_response,
-            )
-            result = engine.run(pack, op)
-            engine.backward(result.loss)
-            total += result.loss.detach()
-            pack.put(flat, result.logprob)
-            if pack.rows:
-                scores[list(pack.rows)] = result.score
-        losses.append(float(distributed.sum_(total)) / distributed.world_size())
-        steps.append(engine.step(lr))
-    return PrmPass(distributed.sum_(flat), distributed.sum_(scores), _updates(losses, steps))
+@torch.no_grad()
+def score_pack(engine: Engine, pack: Pack, flats: dict[float, Tensor]) -> None:
+    """Write the log-probs of a pack's response tokens, at each temperature, into its flat batch (T,)."""
+
+    def heads(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        op = partial(prime_kernels.linear_logprob, hidden, weight, pack.targets, bias=bias)
+        return [op(temperature=temperature) for temperature in flats]
+
+    for flat, logprob in zip(flats.values(), engine.run(pack, heads), strict=True):
+        pack.put(flat, logprob)
+
+
+def train_prm_pack(
+    engine: Engine, pack: Pack, ref_logprob: Tensor, outcome: Tensor, *, beta: float, row_weight: Tensor
+) -> prime_kernels.PrmLoss:
+    """Forward and backward of row_weight * cross-entropy of sigmoid(beta * Q) and the outcome.
+
+    ref_logprob (T,), outcome (R,) and row_weight (R,) are of the whole batch; the result is of the pack.
+    """
+    op = _on(
+        partial(prime_kernels.linear_prm_loss, beta=beta, row_weight=pack.select_rows(row_weight)),
+        pack.targets,
+        pack.select(ref_logprob),
+        pack.select_rows(outcome),
+        pack.cu_response,
+    )
+    result = engine.run(pack, op)
+    engine.backward(result.loss)
+    return result
 
 
 def train_policy(
@@ -226,7 +214,7 @@ def train_policy(
     *sums, tokens = distributed.sum_(measured).tolist()
     entropy, clip_fraction, approx_kl, reference_kl = (value / tokens if tokens else math.nan for value in sums)
     known_kl = None if ref_logprob is None else reference_kl
-    return PolicyPass(_updates(losses, steps), entropy, clip_fraction, approx_kl, known_kl, mismatch)
+    return PolicyPass(updates(losses, steps), entropy, clip_fraction, approx_kl, known_kl, mismatch)
 
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:
@@ -281,10 +269,15 @@ def _told(
 
 
 def _packs(batch: Batch, mini: MiniBatch, engine: Engine, tick: Tick) -> Iterator[Pack]:
-    offsets = batch.cu_seqlens.tolist()
     for ranks in mini:
-        yield packing.pack(ranks[distributed.rank()], batch.prompts, batch.responses, offsets).to(engine.device)
+        yield pack_here(batch, ranks, engine.device)
         tick()
+
+
+def pack_here(batch: Batch, ranks: list[list[int]], device: torch.device) -> Pack:
+    """This rank's pack of a micro-batch, whose rows are given for every rank."""
+    offsets = batch.cu_seqlens.tolist()
+    return packing.pack(ranks[distributed.rank()], batch.prompts, batch.responses, offsets).to(device)
 
 
 def _on(op: Callable, *arguments: Tensor | None) -> Callable:
@@ -306,13 +299,13 @@ def _runs(lengths: list[int]) -> list[list[int]]:
     return [list(range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
 
 
-def _even(items: list[T], parts: float) -> list[list[T]]:
+def even(items: list[T], parts: float) -> list[list[T]]:
     """About so many nearly equal parts of the items, at least one and none empty."""
     count = max(1, min(len(items), round(parts)))
     return [[items[i] for i in part] for part in torch.arange(len(items)).tensor_split(count)]
 
 
-def _updates(losses: list[float], steps: list[StepResult]) -> Updates:
+def updates(losses: list[float], steps: list[StepResult]) -> Updates:
     applied = [(loss, step.grad_norm) for loss, step in zip(losses, steps, strict=True) if step.applied]
     means = [sum(values) / len(applied) for values in zip(*applied, strict=True)] or [math.nan, math.nan]
     return Updates(len(steps), len(applied), *means)

@@ -26,6 +26,7 @@ from prime_fast.rollout import make_engine
 from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
 from prime_fast.schedule import learning_rate
+from prime_fast.stream import Passes, Scored, Stream
 
 MAX_FAILED = 3  # steps in a row whose update came to nothing before the run stops
 MAX_REWARD_WORKERS = 16  # on each rank
@@ -45,6 +46,8 @@ class Trainer:
             self.reference = self._engine("reference", config.model.reference or config.model.policy, None)
         engine = make_engine(config, config.model.policy, inputs.eos_ids, self.policy.dtype, device)
         self.rollout = Fleet(engine, self.policy.weights)
+        apart = device.type == "cpu" or "gpus" in config.rollout.vllm
+        self.overlaps = config.prime.overlap and self.rollout.concurrent and apart
         reward = {"timeout": config.reward.timeout, "sandbox": config.reward.sandbox}
         cores = max(1, os.cpu_count() // distributed.local_world_size())
         self.pool = RewardPool(config.reward.function, min(cores, MAX_REWARD_WORKERS), **reward)
@@ -102,7 +105,11 @@ class Trainer:
         config, phases = self.config, self.phases
         prime_kernels.last_used.clear()
         self.record, self.moved = {"step": step}, set()
-        groups, record, fresh = self.collector.collect(phases)
+        stream = self._stream(step, config.rollout.prompts, waves=True) if self.overlaps else None
+        try:
+            groups, record, fresh = self.collector.collect(phases, stream)
+        finally:
+            self.moved |= {"prm"} if stream and stream.moved else set()
         if distributed.rank() == 0:
             write_samples(Path(config.run_dir), [self._sample(step, group) for group in fresh[:SAMPLES_PER_STEP]])
         self.record |= record | {"groups": len(groups), "surplus": len(self.collector.surplus)}
@@ -110,7 +117,11 @@ class Trainer:
         if groups:
             batch = Batch.of(groups, self.rollout.version)
             self.rollout.sleep()
-            failure = self._update(step, batch)
+            if stream is None:
+                stream = self._stream(step, len(groups))
+                for group in groups:
+                    stream.put(group)
+            failure = self._update(step, batch, stream)
         self._count(empty=not groups, skip_reason=failure if groups else nothing)
         with phases("sync"):
             self.rollout.wake(changed="policy" in self.moved)
@@ -122,8 +133,11 @@ class Trainer:
             raise distributed.Stop(f"{MAX_FAILED} steps in a row were skipped: {failure}")
         return self.record
 
-    def _update(self, step: int, batch: Batch) -> str | None:
-        """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so."""
+    def _update(self, step: int, batch: Batch, stream: Stream) -> str | None:
+        """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so.
+
+        stream: has been given the groups of the batch.
+        """
         config, phases = self.config, self.phases
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         budget, attention = config.engine.micro_tokens, self.policy.attention
@@ -131,15 +145,16 @@ class Trainer:
             passes.split(batch, config.policy.mini_batch, budget, shuffle, attention=attention)
             for _ in range(config.policy.epochs)
         ]
-        prm_minis = passes.split(batch, config.prm.mini_batch, budget, attention=attention)
         efficiency = passes.efficiency(batch, epochs[0], attention)
         self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}
         temperature = config.rollout.temperature
 
-        with phases("reference"):
-            ref_logprob = self._reference_logprob(batch, prm_minis)
-        with phases("prm"):
-            prm_logprob, trained = self._prm_logprob(step, batch, prm_minis, ref_logprob.get(1.0))
+        scored = stream.finish()
+        self._note_prm(scored, batch)
+        ref_logprob, prm_logprob = scored.ref_logprob, scored.logprob
+        if self.prm is not None and config.prime.update == "before":
+            with phases("prm"):
+                prm_logprob = stream.rescore()
         if prm_logprob is not None and not torch.isfinite(prm_logprob - ref_logprob[1.0]).all():
             return "log-probs of the PRM or its reference are not finite, so there are no advantages"
         with phases("advantage"):
@@ -171,7 +186,7 @@ class Trainer:
         } | result.mismatch
         if step == 1 and result.updates.applied and result.updates.grad_norm > 0:
             preflight.check_every_parameter_trains(self.policy, "policy")
-        passed = ("PRM", trained), ("policy", result.updates)
+        passed = ("PRM", scored.updates), ("policy", result.updates)
         lost = [name for name, updates in passed if updates and not updates.applied]
         return f"no mini-batch of the {' and '.join(lost)} has a finite loss and gradient" if lost else None
 
@@ -266,43 +281,36 @@ class Trainer:
         loop = {"collector": self.collector.state_dict(), "counts": dict(self.counts)}
         return loop | {"identity": self.inputs.identity}
 
-    def _reference_logprob(self, batch: Batch, minis: list[passes.MiniBatch]) -> dict[float, Tensor]:
-        """Log-probs by temperature: 1 for the PRM's rewards, the rollout's for the policy's KL, from one forward.
+    def _stream(self, step: int, groups: int, waves: bool = False) -> Stream:
+        """The reference's and the PRM's passes over so many groups to come.
 
-        On the PRM's own packs, so that equal weights give log-ratios of exactly 0.
+        One forward of the reference gives log-probs for the PRM's rewards at temperature 1, and for the policy's KL at
+        the rollout's. It runs on the PRM's own packs, so that equal weights give log-ratios of exactly 0.
         """
+        config, rewards = self.config, (1.0,) if self.prm is not None else ()
         if self.reference is not None:
-            temperatures = {self.config.rollout.temperature: None} | ({1.0: None} if self.prm is not None else {})
-            return passes.score_at(self.reference, batch, minis, temperatures)
-        if self.prm is not None:
-            return {1.0: passes.score(self.policy, batch, minis)}
-        return {}
-
-    def _prm_logprob(
-        self, step: int, batch: Batch, minis: list[passes.MiniBatch], ref_logprob: Tensor | None
-    ) -> tuple[Tensor | None, passes.Updates | None]:
-        """The PRM's log-probs for the advantage, and what became of its own update."""
-        if self.prm is None:
-            return None, None
-        prime_config, updates = self.config.prime, None
-        if prime_config.update == "none":
-            logprob = passes.score(self.prm, batch, minis)
-            cu_seqlens = batch.cu_seqlens.to(self.device)
-            score = prime_config.beta * prime.segment_sum(logprob - ref_logprob, cu_seqlens)
+            reference, temperatures = self.reference, {config.rollout.temperature: None} | dict.fromkeys(rewards)
         else:
-            lr = learning_rate(self.config.prm, step, self.config.steps)
-            logprob, score, updates = passes.train_prm(
-                self.prm, batch, minis, ref_logprob, beta=prime_config.beta, lr=lr
-            )
-            self._note("prm", updates, lr)
-            if prime_config.update == "before":
-                logprob = passes.score(self.prm, batch, minis)
-        outcome, score = batch.outcome, score.cpu()
-        if torch.isfinite(score).all():
+            reference, temperatures = self.policy if rewards else None, rewards
+        what = Passes(
+            reference,
+            tuple(temperatures),
+            self.prm,
+            beta=config.prime.beta,
+            lr=learning_rate(config.prm, step, config.steps),
+            micro_tokens=config.engine.micro_tokens,
+            mini_batch=config.prm.mini_batch,
+        )
+        return Stream(what, self.phases, groups, config.rollout.samples, waves=waves)
+
+    def _note_prm(self, scored: Scored, batch: Batch) -> None:
+        if scored.updates is not None:
+            self._note("prm", scored.updates, learning_rate(self.config.prm, self.record["step"], self.config.steps))
+        if scored.score is not None and torch.isfinite(scored.score).all():
+            outcome, score = batch.outcome, scored.score.cpu()
             correct, pairs = prime.pair_accuracy(score, outcome, batch.group)
             self.record["prm_accuracy"] = float(((score > 0) == (outcome > 0.5)).float().mean())
             self.record["prm_pair_accuracy"] = correct / pairs if pairs else None
-        return logprob, updates
 
     def _advantage(self, batch: Batch, prm_logprob: Tensor | None, ref_logprob: Tensor | None) -> Tensor:
         p, cu_seqlens = self.config.prime, batch.cu_seqlens.to(self.device)

@@ -67,6 +67,21 @@ def configure(workspace, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def other_prm(workspace) -> str:
+    """The setting for a PRM that is not its reference."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(workspace / "prm")
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+    model.save_pretrained(workspace / "prm")
+    return f"model.prm={workspace / 'prm'}"
+
+
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     from prime_fast.engine import zero
 

@@ -50,7 +50,7 @@ def update(trainer, batch, advantage, minis=None, **changes):
     options = {
         "old_logprob": None,
         "own_first": True,
-        "ref_logprob": trainer._reference_logprob(batch, minis)[temperature],
+        "ref_logprob": passes.score(trainer.reference, batch, minis, temperature),
         "importance_cap": 2.0,
         "temperature": temperature,
         "top_p": 1.0,

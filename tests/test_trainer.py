@@ -4,6 +4,7 @@ import pty
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -131,7 +132,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
     with suppress(OSError):  # the end of a terminal without a program
         while True:
             shown += os.read(screen, 1 << 16).decode()
-    phases = ("loading the policy model", "self-check", "rollouts", "reference forward 0/", "prm update 0/")
+    phases = ("loading the policy model", "self-check", "rollouts", "reference and PRM 0/")
     for phase in (*phases, "policy update 0/", "evaluating 0/8 problems", "checkpoint 0/4"):
         assert f"\x1b[K{phase}" in shown, phase
     lines = [line.split("\x1b[K")[-1] for line in shown.splitlines()]
@@ -168,52 +169,60 @@ def test_two_ranks_do_the_same_as_one(mini_batch, workspace, tmp_path):
         assert difference / update < 1e-3, name
 
 
-def collected(trainer):
+def groups_of(trainer):
     groups, _, _ = trainer.collector.collect(trainer.phases)
-    return Batch.of(groups)
+    return groups
+
+
+def collected(trainer):
+    return Batch.of(groups_of(trainer))
+
+
+def streamed(trainer, groups):
+    """The reference's and the PRM's passes over these groups, a mini-batch at a time."""
+    stream = trainer._stream(1, len(groups))
+    for group in groups:
+        stream.put(group)
+    return stream.finish()
 
 
 def test_equal_prm_and_reference_reward_exactly_nothing(configure, device):
     trainer = make_trainer(configure("prm.lr=0"), device)
-    batch = collected(trainer)
-    minis = passes.split(batch, 12, 120)
+    groups = groups_of(trainer)
+    minis = passes.split(Batch.of(groups), 12, 120)
     assert len(minis) > 1 and max(map(len, minis)) > 1
-    reference = passes.score(trainer.reference, batch, minis)
-    result = passes.train_prm(trainer.prm, batch, minis, reference, beta=0.05, lr=0.0)
-    assert torch.equal(result.logprob, reference)
+    result = streamed(trainer, groups)
+    assert torch.equal(result.logprob, result.ref_logprob[1.0])
     assert (result.score == 0).all()
     assert result.updates.loss == pytest.approx(0.6931472, abs=1e-6)
     trainer.close()
 
 
-def shuffled(batch, order):
-    parts = torch.split(batch.engine_logprob, batch.cu_seqlens.diff().tolist())
-    return Batch(
-        prompts=[batch.prompts[i] for i in order],
-        responses=[batch.responses[i] for i in order],
-        engine_logprob=torch.cat([parts[i] for i in order]),
-        outcome=batch.outcome[order],
-        group=batch.group[order],
-        cu_seqlens=torch.cat([torch.zeros(1), batch.cu_seqlens.diff()[order].cumsum(0)]).int(),
-        fresh=batch.fresh[order],
-    )
+def shuffled(groups, generator):
+    """The groups in another order, their rows too; and the place of each row before."""
+    count, found, order = len(groups[0].samples), [], []
+    for i in torch.randperm(len(groups), generator=generator).tolist():
+        rows = torch.randperm(count, generator=generator).tolist()
+        samples, outcomes = ([values[k] for k in rows] for values in (groups[i].samples, groups[i].outcomes))
+        found.append(replace(groups[i], samples=tuple(samples), outcomes=tuple(outcomes)))
+        order += [i * count + k for k in rows]
+    return found, order
 
 
-def test_the_update_does_not_depend_on_micro_batches_or_row_order(configure, device):
+def test_the_update_does_not_depend_on_micro_batches_or_row_order(other_prm, configure, device):
     """Gradients are compared, as AdamW's first moments: AdamW itself turns the rounding of a zero into a step of lr."""
     results = []
     for case in range(3):
-        trainer = make_trainer(configure("policy.lr=0", "prm.lr=0"), device)
-        batch = collected(trainer)
-        rows = len(batch.responses)
-        order = list(range(rows))
+        settings = "policy.lr=0", "prm.lr=0", "prm.mini_batch=1000", other_prm
+        trainer = make_trainer(configure(*settings, f"engine.micro_tokens={10_000 if case == 0 else 60}"), device)
+        groups = groups_of(trainer)
+        rows = order = list(range(sum(len(group.samples) for group in groups)))
         if case == 2:
-            order = torch.randperm(rows, generator=torch.Generator().manual_seed(5)).tolist()
-        batch = shuffled(batch, order)
-        minis = passes.split(batch, rows, 10_000 if case == 0 else 60)
+            groups, order = shuffled(groups, torch.Generator().manual_seed(5))
+        batch = Batch.of(groups)
+        minis = passes.split(batch, len(rows), trainer.config.engine.micro_tokens)
         assert (len(minis[0]) == 1) == (case == 0)
-        reference = passes.score(trainer.reference, batch, minis)
-        prm = passes.train_prm(trainer.prm, batch, minis, reference - 0.1, beta=0.05, lr=0.0)
+        prm = streamed(trainer, groups)
         lengths = batch.cu_seqlens.diff()
         advantage = (batch.outcome - 0.5).repeat_interleave(lengths).to(device)
         policy = passes.train_policy(
@@ -231,7 +240,7 @@ def test_the_update_does_not_depend_on_micro_batches_or_row_order(configure, dev
             lr=0.0,
         )
         by_row = dict(zip(order, torch.split(prm.logprob, lengths.tolist()), strict=True))
-        logprob = torch.cat([by_row[i] for i in range(rows)])
+        logprob = torch.cat([by_row[i] for i in rows])
         numbers = torch.tensor([*prm.updates[2:], *policy.updates[2:], policy.entropy])
         results.append((logprob.cpu(), numbers, first_moments(trainer.prm), first_moments(trainer.policy)))
         trainer.close()

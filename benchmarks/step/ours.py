@@ -50,7 +50,10 @@ class Ours:
     def step(self, groups: list[Group]) -> tuple[Phases, dict[str, float]]:
         self.trainer.record = {}
         phases = self.trainer.phases = Phases()
-        if failure := self.trainer._update(STEP, Batch.of(groups)):
+        stream = self.trainer._stream(STEP, len(groups))
+        for group in groups:
+            stream.put(group)
+        if failure := self.trainer._update(STEP, Batch.of(groups), stream):
             raise RuntimeError(failure)
         return phases, {key: self.trainer.record[key] for key in COMPARED if key in self.trainer.record}
 

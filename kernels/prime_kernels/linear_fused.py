@@ -10,13 +10,14 @@ A back-end brings a class Rows (linear_cpu.py, linear_loss_triton.py):
     run(hidden, weight, targets, logits, gradient, logprob, entropy, dlogits)   the logits GEMM and the row kernel
 """
 
+from bisect import bisect_right
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prime_kernels.linear_torch import kept_dtype, policy_result, slices, whole_rows
+from prime_kernels.linear_torch import kept_dtype, policy_result, slices
 from prime_kernels.reference import PrmLoss, importance_weight, prm_row_gradient, prm_row_loss, segment_sum
 
 
@@ -45,32 +46,51 @@ class Policy(NamedTuple):
 Gradient = Upstream | Policy
 
 
+class Sums:
+    """Gradients of weight and bias, None where not wanted, summed in float32: the first product writes them."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.weight, self.bias, self.adds = weight, bias, False
+
+    def empty_like(self) -> "Sums":
+        return Sums(*(None if x is None else torch.empty_like(x) for x in self))
+
+    def __iter__(self):
+        return iter((self.weight, self.bias))
+
+
 class Head:
     """Log-probs chunk by chunk, and the gradients of hidden, weight and bias.
 
     The weight gradient is summed in float32 over the chunks, in their order, and rounded once; bfloat16 operands
-    round dlogits once, and in `products` with a scale the hidden states too.
+    round dlogits once, and in `products` with a scale the hidden states too. ahead: the dlogits of `logit_rows` more
+    rows than a chunk fit.
     """
 
-    def __init__(self, rows_type, hidden, weight, bias, temperature, softcap, grads=(False, False, False)):
+    def __init__(
+        self, rows_type, hidden, weight, bias, temperature, softcap, grads=(False, False, False), *, ahead=False
+    ):
         self.kernel = rows_type(hidden, weight, bias, temperature, softcap)
         dtype = self.kernel.operand
         self.hidden, self.weight = hidden, weight.to(dtype).contiguous()
         self.kept = kept_dtype(hidden)
         self.grads = any(grads)
         self.logits = self.dlogits = None
+        self.in_place = dtype == torch.float32
+        self.room = self.kernel.chunk_rows + (self.kernel.logit_rows if ahead else 0)  # rows of dlogits
+        make = hidden.new_empty
         if self.grads or not self.kernel.streams:
             rows = self.kernel.padded(min(len(hidden), self.kernel.logit_rows))
-            self.logits = hidden.new_empty(rows, len(weight), dtype=torch.float32)
+            before = min(len(hidden), self.kernel.chunk_rows) if self.grads and self.in_place and ahead else 0
+            self.logits = make(before + rows, len(weight), dtype=torch.float32)
         if self.grads:
-            rows = min(len(hidden), self.kernel.chunk_rows)
-            separate = dtype != torch.float32
-            self.dlogits = hidden.new_empty(rows, len(weight), dtype=dtype) if separate else self.logits
+            own = (min(len(hidden), self.room), len(weight))
+            self.dlogits = self.logits if self.in_place else make(own, dtype=dtype)
         self.dhidden = hidden.new_empty(hidden.shape, dtype=self.kept) if grads[0] else None
-        make = hidden.new_empty if len(hidden) else hidden.new_zeros  # the first chunk writes, the others add
-        self.dweight = make(weight.shape, dtype=torch.float32) if grads[1] else None
-        self.dbias = make(bias.shape, dtype=torch.float32) if grads[2] else None
-        self.adds = False
+        make = hidden.new_empty if len(hidden) else hidden.new_zeros
+        wanted = zip((weight, bias), grads[1:], strict=True)
+        self.sums = Sums(*(make(x.shape, dtype=torch.float32) if grad else None for x, grad in wanted))
+        self.aside: Sums | None = None  # of a row whose scale is not known yet
 
     def chunks(self):
         return slices(0, len(self.hidden), self.kernel.chunk_rows)
@@ -78,47 +98,71 @@ class Head:
     def new(self) -> Tensor:
         return self.hidden.new_empty(len(self.hidden), dtype=torch.float32)
 
-    def forward(self, rows: slice, targets: Tensor, logprob: Tensor, entropy=None, gradient: Gradient | None = None):
-        """Writes logprob[rows] and entropy[rows]; with a gradient also the dlogits of these rows, one chunk."""
+    def forward(
+        self, rows: slice, targets: Tensor, logprob: Tensor, entropy=None, gradient: Gradient | None = None, at: int = 0
+    ) -> None:
+        """Writes logprob[rows] and entropy[rows]; with a gradient also the dlogits of these rows, from row `at` on."""
         step = len(self.hidden) or 1
         if self.logits is not None:
             step = self.kernel.logit_rows
         for part in slices(rows.start, rows.stop, step):
-            first, count = part.start - rows.start, part.stop - part.start
-            hidden = self._operand(part)
+            first, count = at + part.start - rows.start, part.stop - part.start
+            hidden, logits = self._operand(part), None
             if self.logits is not None:
                 hidden = F.pad(hidden, (0, 0, 0, self.kernel.padded(count) - count))
+                place = first if self.in_place and gradient is not None else 0
+                logits = self.logits[place : place + len(hidden)]
             self.kernel.run(
                 hidden,
                 self.weight,
                 targets[part],
-                self.logits,
+                logits,
                 None if gradient is None else _take(gradient, part),
                 logprob[part],
                 None if entropy is None else entropy[part],
                 None if gradient is None else self.dlogits[first : first + count],
             )
 
-    def products(self, rows: slice, scale: Tensor | None = None) -> None:
-        """Adds the gradients of the chunk whose dlogits were made last, each row's times its `scale`."""
-        dlogits, hidden = self.dlogits[: rows.stop - rows.start], self._operand(rows)
+    def products(self, rows: slice, scale: Tensor | None = None, *, sums: Sums | None = None) -> None:
+        """Adds the gradients of these rows, whose dlogits come first, each row's times its `scale`; into `sums`."""
+        dlogits, hidden, sums = self.dlogits[: rows.stop - rows.start], self._operand(rows), sums or self.sums
         if self.dhidden is not None:
             if scale is None and self.kept == torch.float32:
                 product(dlogits, self.weight, self.dhidden[rows])
             else:  # into float32: torch lets cuBLAS add the parts of a bfloat16 product in bfloat16, and V is long
                 dhidden = product(dlogits, self.weight, torch.empty_like(hidden, dtype=torch.float32))
                 self.dhidden[rows] = dhidden if scale is None else dhidden.mul_(scale[:, None])
-        if self.dweight is not None:
+        if sums.weight is not None:
             scaled = hidden if scale is None else (hidden * scale[:, None]).to(hidden.dtype)
-            product(dlogits.T, scaled, self.dweight, self.adds)
-        if self.dbias is not None:
+            product(dlogits.T, scaled, sums.weight, sums.adds)
+        if sums.bias is not None:
             each = torch.ones_like(hidden[:, 0]) if scale is None else scale.to(hidden.dtype)
-            product(each[None], dlogits, self.dbias[None], self.adds)
-        self.adds = True
+            product(each[None], dlogits, sums.bias[None], sums.adds)
+        sums.adds = True
+
+    def lay_aside(self, rows: slice) -> None:
+        """`products` without the scale of these rows, a part of one sequence, which `take_up` knows."""
+        self.aside = self.aside or self.sums.empty_like()
+        self.products(rows, sums=self.aside)
+
+    def take_up(self, rows: slice, scale: Tensor) -> None:
+        """Adds what was laid aside of these rows. scale: ()."""
+        if self.dhidden is not None:
+            self.dhidden[rows].mul_(scale)
+        for total, part in zip(self.sums, self.aside, strict=True):
+            if total is not None:
+                _ = total.addcmul_(part, scale) if self.sums.adds else torch.mul(part, scale, out=total)
+        self.sums.adds, self.aside.adds = True, False
+
+    def move_up(self, rows: int, count: int) -> None:
+        """The `count` dlogits after the first `rows` become the first ones."""
+        for start in range(0, count, rows):  # pieces that do not overlap their places
+            size = min(rows, count - start)
+            self.dlogits[start : start + size] = self.dlogits[rows + start : rows + start + size]
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         self.logits = self.dlogits = None
-        return tuple(None if g is None else g.to(self.kept) for g in (self.dhidden, self.dweight, self.dbias))
+        return tuple(None if g is None else g.to(self.kept) for g in (self.dhidden, *self.sums))
 
     def _operand(self, rows: slice) -> Tensor:
         return self.hidden[rows].to(self.kernel.operand).contiguous()
@@ -183,29 +227,42 @@ def prm_loss(
 ):
     """-> PrmLoss, and the gradients of hidden, weight and bias, None where `grads` is False.
 
-    dlogits of a row = its coefficient * (one-hot - p), and only the coefficient waits for the whole row. So a chunk of
-    whole rows makes one-hot - p at once, and the coefficient scales the small operands: dX, and the hidden states of
-    dW. Only a row longer than a chunk has its logits computed twice.
+    dlogits of a token = its sequence's coefficient * (one-hot - p), and only the coefficient waits for the sequence's
+    end. So one-hot - p is made at once, of sequences end to end, and the coefficient scales the small operands: dX, and
+    the hidden states of dW. The parts of dW of a sequence longer than the buffer are summed apart until it is known.
     """
-    head = Head(rows_type, hidden, weight, bias, 1.0, softcap, grads)
+    head = Head(rows_type, hidden, weight, bias, 1.0, softcap, grads, ahead=True)
     ref_logprob, outcome, row_weight = map(_float, (ref_logprob, outcome, row_weight))
-    logprob, scale, score = head.new(), head.new(), torch.empty_like(outcome)
-    limit, offsets = head.kernel.chunk_rows, cu_seqlens.to(hidden.device)
-    for first, last, start, stop in whole_rows(cu_seqlens.tolist(), limit):
-        pieces = list(slices(start, stop, limit))
-        at_once = head.grads and len(pieces) == 1
-        for rows in pieces:
-            head.forward(rows, targets, logprob, gradient=Upstream() if at_once else None)
-        mine, tokens = slice(first, last), slice(start, stop)
-        cuts = offsets[first : last + 1] - start
-        score[mine] = beta * segment_sum(logprob[tokens] - ref_logprob[tokens], cuts)
-        if head.grads:
-            dscore = row_weight[mine] * prm_row_gradient(score[mine], outcome[mine])
-            scale[tokens] = (beta * dscore).repeat_interleave(cuts.diff(), output_size=stop - start)
-            for rows in pieces:
-                if not at_once:
-                    head.forward(rows, targets, logprob, gradient=Upstream(scale))
-                head.products(rows, scale[rows] if at_once else None)
+    logprob, score = head.new(), torch.empty_like(outcome)
+    cuts, offsets, step = cu_seqlens.tolist(), cu_seqlens.to(hidden.device), head.kernel.logit_rows
+
+    def judge(rows: slice) -> Tensor:
+        """Writes the scores of these sequences; returns the coefficient of each of their tokens."""
+        tokens, inner = slice(cuts[rows.start], cuts[rows.stop]), offsets[rows.start : rows.stop + 1] - cuts[rows.start]
+        score[rows] = beta * segment_sum(logprob[tokens] - ref_logprob[tokens], inner)
+        dscore = row_weight[rows] * prm_row_gradient(score[rows], outcome[rows])
+        return (beta * dscore).repeat_interleave(inner.diff(), output_size=tokens.stop - tokens.start)
+
+    if not head.grads:
+        head.forward(slice(0, len(hidden)), targets, logprob)
+        judge(slice(0, len(outcome)))
+    first = row = 0  # the token of the first dlogits in the buffer, and its sequence
+    for part in slices(0, len(hidden), step) if head.grads else ():
+        head.forward(part, targets, logprob, gradient=Upstream(), at=part.start - first)
+        made, last = part.stop, part.stop == len(hidden)
+        if made - first + step <= head.room and not last:
+            continue
+        end = bisect_right(cuts, made) - 1  # the sequences before it are whole
+        if end > row:
+            start, stop, scale = cuts[row], cuts[end], judge(slice(row, end))
+            if start < first:
+                head.take_up(slice(start, first), scale[0])
+            head.products(slice(first, stop), scale[first - start :])
+            head.move_up(stop - first, made - stop)
+            first, row = stop, end
+        if made - first + step > head.room and not last:
+            head.lay_aside(slice(first, made))
+            first = made
     return PrmLoss((row_weight * prm_row_loss(score, outcome)).sum(), logprob, score), head.gradients()
 
 

@@ -62,7 +62,8 @@ def tile(chip: int, hidden: int, vocabulary: int, operand: torch.dtype, plain: b
 def gpu_rows(in_place: bool) -> tuple[int, int]:
     """(rows of dlogits, rows of logits) alive at once on a GPU. PRIME_KERNELS_CHUNK_ROWS overrides the first."""
     chunk = int(os.environ.get("PRIME_KERNELS_CHUNK_ROWS") or (LOGIT_ROWS if in_place else CHUNK_ROWS))
-    return chunk, -(-chunk // BLOCK_ROWS) * BLOCK_ROWS if in_place else LOGIT_ROWS
+    blocks = -(-chunk // BLOCK_ROWS) * BLOCK_ROWS
+    return chunk, blocks if in_place else min(blocks, LOGIT_ROWS)
 
 
 def cpu_rows(vocabulary: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,15 @@ from prime_fast.rollout.fleet import Fleet
 from prime_fast.rollout.verify import Verifier
 
 TICK_SECONDS = 0.2  # how long a rank whose engine has nothing to do waits for outcomes, before it looks at the others
+
+
+class Beside(Protocol):
+    """Work for the ranks while their engines decode: `put` takes the groups of a step in their order, as soon as they
+    are known; `work`, called again and again, does a little. Every rank makes the same calls."""
+
+    def put(self, group: Group) -> None: ...
+
+    def work(self) -> bool: ...
 
 
 class Collector:
@@ -55,12 +64,14 @@ class Collector:
         self.rows_in_work: dict[int, tuple[int, dict]] = {}  # of this rank: key -> (index, row)
         self.tick: Callable[..., None] = lambda *_, **__: None  # told of groups that start and finish
 
-    def collect(self, phases: Phases) -> tuple[list[Group], dict[str, float], list[Group]]:
+    def collect(
+        self, phases: Phases, beside: Beside | None = None
+    ) -> tuple[list[Group], dict[str, float], list[Group]]:
         """`_collect`, which tells how far it is."""
         with progress("rollouts", 0, "groups") as self.tick:
-            return self._collect(phases)
+            return self._collect(phases, beside)
 
-    def _collect(self, phases: Phases) -> tuple[list[Group], dict[str, float], list[Group]]:
+    def _collect(self, phases: Phases, beside: Beside | None) -> tuple[list[Group], dict[str, float], list[Group]]:
         """Groups to train on (at most config.prompts), metrics of the step, and all groups that it sampled.
 
         At most config.max_rounds * config.prompts prompts are started. Identical on every rank. Raises Stop where the
@@ -72,19 +83,30 @@ class Collector:
         need, first = prompts - len(waiting), self.drawn
         fresh, passing = [], []  # fresh: the groups looked at, in the order of their start
         arrived: dict[int, Group] = {}
-        while True:
-            self._start(self._wanted(need - len(passing), len(fresh), len(passing), self.drawn - first))
-            turn = first + len(fresh)
-            if turn == self.drawn:
-                break
-            while turn not in arrived:
-                arrived |= {group.id: group for group in self._tick(phases)}
-            fresh.append(arrived[turn])
-            passing += [arrived[turn]] if self._worth_training(arrived[turn], self.config.filter_truncated) else []
-            if len(fresh) % prompts == 0:
+        for group in waiting[:prompts] if beside else ():
+            beside.put(group)
+        try:
+            while True:
+                self._start(self._wanted(need - len(passing), len(fresh), len(passing), self.drawn - first))
+                turn = first + len(fresh)
+                if turn == self.drawn:
+                    break
+                while turn not in arrived:
+                    arrived |= {group.id: group for group in self._tick(phases)}
+                    if beside:
+                        beside.work()
+                fresh.append(arrived[turn])
+                if self._worth_training(arrived[turn], self.config.filter_truncated):
+                    passing.append(arrived[turn])
+                    if beside and len(passing) <= need:
+                        beside.put(arrived[turn])
+                if len(fresh) % prompts == 0:
+                    failures.check(fresh, self.rows, self.max_failures)
+            if fresh:
                 failures.check(fresh, self.rows, self.max_failures)
-        if fresh:
-            failures.check(fresh, self.rows, self.max_failures)
+        except Stop:
+            self.surplus = waiting + passing  # for the checkpoint of a PRM that has trained on some of them already
+            raise
         self.seen = tuple(demand.MEMORY * (a + len(b)) for a, b in zip(self.seen, (fresh, passing), strict=True))
         kept = waiting + passing
         kept, self.surplus = kept[:prompts], kept[prompts:]

@@ -1,6 +1,9 @@
 """What every back-end of the LM-head ops must do, against the float64 reference. Collected where a `backend` fixture
 is: test_kernels_linear_cpu.py, and interpreted_linear.py under Triton's interpreter."""
 
+import random
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -142,6 +145,23 @@ def test_prm_loss(backend, rows_of_a_chunk, head, weighted):
     )
     close(got, want)
     close_grads(grads(got.loss * 2.5, hidden, weight, bias), grads(want.loss * 2.5, hidden_, weight_, bias_))
+
+
+@pytest.mark.parametrize("head", ["plain", "bias"])
+def test_prm_loss_of_rows_of_any_length(backend, head, monkeypatch):
+    """Buffers far smaller than a row, far larger, and all between: fresh lengths in every run."""
+    rng = random.Random()
+    for _ in range(4):
+        monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", str(rng.randint(1, 12)))
+        lengths = [rng.choice((1, 2, 3, 5, 9, 30, 200)) for _ in range(rng.randint(1, 6))]
+        cuts = torch.tensor([0, *accumulate(lengths)])
+        hidden, weight, bias, targets = make(n=sum(lengths), bias=head == "bias")
+        ref, outcome = vectors(sum(lengths))[3], torch.rand(len(lengths)).round(decimals=1)
+        got = linear_prm_loss(hidden, weight, targets, ref, outcome, cuts, bias=bias, beta=0.3, backend=backend)
+        hidden_, weight_, bias_, ref_, outcome_ = doubled(hidden, weight, bias, ref, outcome)
+        want = linear_prm_loss(hidden_, weight_, targets, ref_, outcome_, cuts, bias=bias_, beta=0.3)
+        close(got, want)
+        close_grads(grads(got.loss, hidden, weight, bias), grads(want.loss, hidden_, weight_, bias_))
 
 
 @pytest.mark.parametrize(("n", "h", "v"), [(1, 1, 2), (1, 5, 3), (2, 16, 64), (5, 9, 65), (33, 7, 129), (17, 40, 203)])

@@ -153,8 +153,22 @@ def test_matrix_products_are_only_those_needed(backend, monkeypatch):
     assert products(True, True) == [1, 3, 3, 3]
     assert products(True, False) == products(False, True) == [1, 2, 2, 2]
     assert products(False, False) == [1, 1, 1]
-    monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "11")  # 11 + 12 rows: the last row's logits twice, the others' once
-    assert products(True, True)[3] == 3 + 2 * 4
+    monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "11")
+    both, *one = (products(*grads)[3] for grads in ((True, True), (True, False), (False, True)))
+    logits = sum(one) - both  # each has them, and one of the two products that follow
+    if backend == "torch":  # 11 + 12 rows: the last row's logits twice, the others' once
+        assert (logits, both) == (5, 5 + 2 * 3)
+    else:  # 11 at a time, and the rows before the last, then the last
+        assert (logits, both) == (3, 3 + 2 * 2)
+
+
+def test_a_row_of_any_length_has_its_logits_computed_once(backend, monkeypatch):
+    monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "4")
+    problem = *make(60), torch.tensor([0, 3, 40, 41, 60]), backend
+    both, *one = (
+        list(watched(*problem, (*grads, False)))[-1].products for grads in ((True, True), (True, False), (False, True))
+    )
+    assert sum(one) - both == (60 // 4 if backend != "torch" else 1 + 2 * 10 + 1 + 2 * 5)
 
 
 def test_a_frozen_weight_gets_no_gradient(backend):

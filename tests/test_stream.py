@@ -1,0 +1,158 @@
+"""The reference's and the PRM's passes give the same numbers whenever they are made."""
+
+import random
+
+import pytest
+import torch
+from engines import needs_vllm
+from faulty_steps import changed, weights
+from test_trainer import groups_of, make_trainer
+
+from prime_fast import passes
+from prime_fast.engine.batch import Batch
+from prime_fast.engine.distributed import Stop
+from prime_fast.rollout import failures
+from prime_fast.rollout.hf import HFEngine
+
+
+def made(trainer, groups, *, waves, eager=None, planned=None):
+    """Scored, the PRM's weights after it, how many micro-batches were made before the last group was there."""
+    stream = trainer._stream(1, planned or len(groups), waves)
+    early = 0
+    for group in groups:
+        while eager and eager.random() < 0.7 and stream.work():
+            early += 1
+        stream.put(group)
+    return stream.finish(), weights(trainer.prm), early
+
+
+def same(one, other):
+    (scored, moved, _), (again, moved_again, _) = one, other
+    assert scored.ref_logprob.keys() == again.ref_logprob.keys()
+    for temperature in scored.ref_logprob:
+        assert torch.equal(scored.ref_logprob[temperature], again.ref_logprob[temperature])
+    assert torch.equal(scored.logprob, again.logprob) and torch.equal(scored.score, again.score)
+    assert scored.updates == again.updates and not changed(moved, moved_again)
+
+
+@pytest.mark.parametrize("update", ["after", "none"])
+def test_early_or_late_gives_the_same_bits(update, other_prm, configure, device):
+    seed, results = random.randrange(1 << 30), []
+    for eager in (None, random.Random(seed), random.Random(seed + 1)):
+        settings = [other_prm, f"prime.update={update}", "rollout.prompts=12", "rollout.temperature=0.7"]
+        trainer = make_trainer(configure(*settings, "prm.mini_batch=24"), device)
+        results.append(made(trainer, groups_of(trainer), waves=True, eager=eager))
+        trainer.close()
+    assert len(results[0][0].ref_logprob) == 2 and (results[0][0].score != 0).all()
+    if update == "after":
+        assert results[0][0].updates.applied == 2
+    for other in results[1:]:
+        assert other[2] > 2, seed
+        same(results[0], other)
+
+
+def test_a_mini_batch_of_one_wave_is_packed_as_ever(other_prm, configure, device):
+    results = []
+    for waves in (False, True):
+        trainer = make_trainer(configure(other_prm, "prm.mini_batch=12", "engine.micro_tokens=2000"), device)
+        results.append(made(trainer, groups_of(trainer), waves=waves))
+        trainer.close()
+    same(*results)
+
+
+def test_waves_change_rounding_alone(other_prm, configure, device):
+    results = []
+    for waves in (False, True):
+        trainer = make_trainer(
+            configure(other_prm, "prm.lr=0", "prm.mini_batch=1000", "engine.micro_tokens=60"), device
+        )
+        results.append(made(trainer, groups_of(trainer), waves=waves)[0])
+        trainer.close()
+    for one, other in zip(results[0][1:3], results[1][1:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(torch.tensor(scored.updates[2:]) for scored in results), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_a_mini_batch_cut_short_weigh_what_they_would_in_a_whole_one(other_prm, configure, device):
+    results = []
+    for planned in (None, 12):
+        trainer = make_trainer(configure(other_prm, "prm.lr=0", "prm.mini_batch=1000", "prm.grad_clip=0"), device)
+        groups = groups_of(trainer)
+        assert len(groups) == 6
+        results.append(made(trainer, groups, waves=True, planned=planned)[0].updates)
+        trainer.close()
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm / 2, rel=1e-4)
+
+
+def test_it_is_the_plain_passes(other_prm, configure, device):
+    """Before any update: log-probs as `score` gives them on other packs."""
+    trainer = make_trainer(configure(other_prm, "prm.lr=0"), device)
+    groups = groups_of(trainer)
+    scored, _, _ = made(trainer, groups, waves=True, eager=random.Random(0))
+    batch = Batch.of(groups)
+    minis = passes.split(batch, 1000, 200)
+    torch.testing.assert_close(scored.logprob, passes.score(trainer.prm, batch, minis), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored.ref_logprob[1.0], passes.score(trainer.reference, batch, minis))
+    sums = [part.sum() for part in (scored.logprob - scored.ref_logprob[1.0]).split(batch.cu_seqlens.diff().tolist())]
+    torch.testing.assert_close(scored.score, 0.05 * torch.stack(sums), rtol=1e-4, atol=1e-6)
+    trainer.close()
+
+
+def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
+    needs_vllm()
+    settings = ["rollout.engine=vllm", "rollout.prompts=24", "rollout.batch=8", "prm.mini_batch=48"]
+    trainer = make_trainer(configure(*settings), device)
+    assert trainer.overlaps
+    beside, make = [], trainer._stream
+
+    def watched(*arguments, **options):
+        stream = make(*arguments, **options)
+        work = stream.work
+
+        def noted():
+            busy, done = bool(trainer.rollout.pending), work()
+            beside.append(busy and done)
+            return done
+
+        stream.work = noted
+        return stream
+
+    monkeypatch.setattr(trainer, "_stream", watched)
+    record = trainer.step(1)
+    assert record["skipped"] == 0 and record["prm_updates"] == record["prm_applied"] == 2
+    assert sum(beside) > 4
+    trainer.close()
+
+
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_off_with_one_key(overlap, configure, device, monkeypatch):
+    monkeypatch.setattr(HFEngine, "concurrent", True)
+    trainer = make_trainer(configure(f"prime.overlap={overlap}"), device)
+    assert trainer.overlaps == (overlap == "true")
+    trainer.close()
+
+
+def test_what_the_prm_has_learnt_and_its_groups_outlive_a_stop(configure, device, monkeypatch):
+    """The rewards fail for good once the PRM has trained on the first groups: these open the next step."""
+    trainer = make_trainer(
+        configure("rollout.prompts=12", "rollout.batch=4", "prm.mini_batch=4", "engine.micro_tokens=240"), device
+    )
+    trainer.overlaps = True
+    before, check = weights(trainer.prm), failures.check
+
+    def failing(groups, *rest):
+        if len(groups) >= 12:
+            raise Stop("the reward failed")
+        check(groups, *rest)
+
+    monkeypatch.setattr(failures, "check", failing)
+    with pytest.raises(Stop, match="the reward failed"):
+        trainer.step(1)
+    assert trainer.moved == {"prm"} and changed(before, weights(trainer.prm))
+    kept = trainer.collector.surplus
+    assert kept and kept == sorted(kept, key=lambda group: group.id)
+    monkeypatch.setattr(failures, "check", check)
+    groups, _, _ = trainer.collector.collect(trainer.phases)
+    assert groups[: len(kept)] == kept
+    trainer.close()
