@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
-from prime_fast.engine import distributed
+from prime_fast.engine import distributed, layers
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
 from prime_fast.progress import progress
@@ -85,6 +85,7 @@ class Engine:
         lm.config.use_cache = False
         if model.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # its name until transformers 6
+        layers.fuse(lm, model.layers, self.device)
         module = self.wrap(lm)
         self.attention = attention_share(lm)
         for parameter in module.parameters():
