@@ -116,7 +116,7 @@ class Now(Collector):
 class Before(Now):
     max_age, pass_rate = 1 << 30, 1.0
 
-    def collect(self, phases: Callable):
+    def collect(self, phases: Callable, beside=None):
         groups, record, fresh = super().collect(phases)
         self.pass_rate = record.get("groups_kept", self.pass_rate)
         return groups, record, fresh

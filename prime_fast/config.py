@@ -50,7 +50,7 @@ class ModelConfig(Section):
     prm: Name | None = None
     reference: Name | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward; auto = bfloat16 on a GPU, float32 on CPU
-    # norms, RoPE and SwiGLU: hf = transformers' | auto = on a GPU torch's RMSNorm | fused = Liger's RoPE and SwiGLU as well
+    # norms, RoPE, SwiGLU. hf: transformers' | auto: on a GPU torch's RMSNorm | fused: Liger's RoPE and SwiGLU as well
     layers: Literal["auto", "hf", "fused"] = "auto"
     gradient_checkpointing: bool = False
 

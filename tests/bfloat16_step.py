@@ -28,7 +28,7 @@ def step(config: Config, device: torch.device, groups: list[Group] | None = None
     trainer = Trainer(config, device, preflight.load_inputs(config))
     collect, advantage, calls = trainer.collector.collect, prime_kernels.prime_advantage, []
 
-    def collected(phases):
+    def collected(phases, beside=None):
         nonlocal groups
         if groups is None:
             groups, *rest = collect(phases)

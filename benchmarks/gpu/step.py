@@ -187,7 +187,7 @@ class Given:
         ]  # fmt: skip
         self.drawn = len(self.groups)
 
-    def collect(self, phases: Any) -> tuple[list, dict, list]:
+    def collect(self, phases: Any, beside: Any = None) -> tuple[list, dict, list]:
         return self.groups, {}, []
 
     def state_dict(self) -> dict:
