@@ -269,7 +269,7 @@ OPTIONS = [
     ["rollout.old_logprobs=engine", "rollout.temperature=0.7", "rollout.max_rounds=1"],
     ["rollout.old_logprobs=recompute"],
     ["rollout.importance_cap=0", "policy.mini_batch=1000"],
-    ["policy.mini_batch=1000", "prm.mini_batch=1000", "model.gradient_checkpointing=true"],
+    ["policy.mini_batch=1000", "prm.mini_batch=1000", "model.recompute=attention-saved"],
 ]
 
 

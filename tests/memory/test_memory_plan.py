@@ -88,7 +88,7 @@ def test_a_sync_has_no_cache_beside_its_buckets():
 
 
 def test_without_checkpointing_the_head_comes_on_top_of_all_activations():
-    in_head, *_ = seven("model.gradient_checkpointing=false").moments["prm"]
+    in_head, *_ = seven("model.recompute=none").moments["prm"]
     sizes = {item.name: item.size / GIB for item in in_head}
     assert sizes["prm: activations"] == pytest.approx(104.95, rel=0.01)
     buffers = 1.74 + 2.03 + 0.11 + 0.08  # logits and dlogits, dW, dX, rows scaled
@@ -164,7 +164,7 @@ def drawn(rng):
         f"rollout.max_response={longest - longest // 4}",
         f"engine.micro_tokens={longest * rng.randint(1, 8)}",
         f"engine.offload={rng.choice(['none', 'none', 'cpu'])}",
-        f"model.gradient_checkpointing={rng.choice(['true', 'false'])}",
+        f"model.recompute={rng.choice(['none', 'all', 'attention-saved', 'auto', '7'])}",
         f"rollout.batch={rng.choice([16, 64, 256])}",
         f"prime.process_weight={rng.choice([0, 1])}",
         f"rollout.vllm={{gpu_memory_utilization: {rng.choice([0.1, 0.3, 0.5, 0.8])}}}",
@@ -184,7 +184,7 @@ def test_plans_grow_with_what_they_hold(seed):
 
     grows(Plan(apply(config, {"engine.micro_tokens": 2 * config.engine.micro_tokens}), ranks, int(card)))
     grows(Plan(apply(config, {"rollout.batch": 2 * config.rollout.batch}), ranks, int(card)))
-    grows(Plan(apply(config, {"model.gradient_checkpointing": False}), ranks, int(card)))
+    grows(Plan(apply(config, {"model.recompute": "none"}), ranks, int(card)))
     grows(Plan(apply(config, {"engine.offload": "none"}), ranks, int(card)))
     grows(Plan(apply(config, {"rollout.vllm.gpu_memory_utilization": 0.9}), ranks, int(card)))
     grows(Plan(config, ranks, int(card * 1.5)))  # vLLM takes a share of the card
@@ -228,8 +228,8 @@ def test_some_advice():
     assert set(mend(seven("engine.micro_tokens=131072"))) == {"engine.micro_tokens"}
     assert set(mend(seven("rollout.engine=hf"))) == {"rollout.batch"}
     assert set(mend(seven(card=card_bytes("a100-40")))) == {"engine.offload"}
-    activations = ("model.gradient_checkpointing=false", "data.max_prompt=16384", "rollout.max_response=16384")
-    assert set(mend(seven(*activations, "engine.micro_tokens=32768"))) == {"model.gradient_checkpointing"}
+    activations = ("model.recompute=none", "data.max_prompt=16384", "rollout.max_response=16384")
+    assert set(mend(seven(*activations, "engine.micro_tokens=32768"))) == {"model.recompute"}
     assert mend(seven(card=roomy // 8)) is None
 
 

@@ -31,7 +31,8 @@ def configured(name="eurus2-7b-8xa100", model=SEVEN, *overrides):
 
 
 def seconds(*overrides, card="a100-80", ranks=8, response=None, **changed):
-    plan = Plan(configured("eurus2-7b-8xa100", SEVEN, *overrides), ranks, card_bytes(card))
+    given = ("model.recompute=all", "engine.park=false", "rollout.vllm={gpu_memory_utilization: 0.45}")
+    plan = Plan(configured("eurus2-7b-8xa100", SEVEN, *given, *overrides), ranks, card_bytes(card))
     return Seconds(plan, replace(rates(card), **changed), response)
 
 
@@ -116,7 +117,10 @@ def test_decoding_fills_free_slots_and_counts_what_is_held():
 @pytest.mark.parametrize(
     ("change", "phase"),
     [
-        ({"model.gradient_checkpointing": False}, "policy"),
+        ({"model.recompute": "none"}, "policy"),
+        ({"model.recompute": "attention-saved"}, "policy"),
+        ({"model.recompute": 20}, "prm"),
+        ({"engine.park": True}, "generate"),
         ({"rollout.vllm.gpu_memory_utilization": 0.8}, "generate"),
         ({"rollout.samples": 2}, "prm"),
         ({"rollout.keep": [0, 1]}, "generate"),

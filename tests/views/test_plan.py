@@ -25,7 +25,9 @@ def published(monkeypatch):
     ("overrides", "units"),
     [
         ([], 1 + 4 + 3 / 4 + 4),  # the first of four policy steps needs no pass of its own for the old log-probs
-        (["model.gradient_checkpointing=false"], 1 + 3 + 3 / 4 + 3),
+        (["model.recompute=none"], 1 + 3 + 3 / 4 + 3),
+        (["model.recompute=7"], 1 + 3.25 + 3 / 4 + 3.25),
+        (["model.recompute=attention-saved"], 1 + 4 + 3 / 4 + 4),
         (["rollout.old_logprobs=recompute"], 1 + 4 + 1 + 4),
         (["policy.mini_batch=1024"], 1 + 4 + 4),  # one policy step: its own forward is the old policy
         (["rollout.old_logprobs=engine"], 1 + 4 + 4),
@@ -35,7 +37,8 @@ def published(monkeypatch):
     ],
 )
 def test_passes_per_step(overrides, units, published):
-    passes = plan.passes_per_step(published(*overrides))
+    made = Plan(published("model.recompute=all", *overrides), 8)
+    passes = plan.passes_per_step(made.config, made.recompute)
     assert sum(made.units for made in passes if made.rows == "kept responses") == units
 
 
