@@ -62,12 +62,16 @@ class Plan:
             for role, path in models(config).items()
         }
         self.rollout = Rollout(config, self.states["policy"].shape, self.dtype, card, on_gpu)
-        self.parks = config.parks and on_gpu
         if self.sizes_engine:
             self.rollout = self.rollout._replace(room=self._room())
         self.recompute = {role: self._recompute(states) for role, states in self.states.items() if states.trained}
         self.moments = dict(self._moments())
         self.phases = {name: max(moments, key=self._size) for name, moments in self.moments.items()}
+
+    @property
+    def parks(self) -> bool:
+        """Whether optimizer states leave the GPU for the engine."""
+        return self.config.parks and self.on_gpu
 
     @property
     def sizes_engine(self) -> bool:

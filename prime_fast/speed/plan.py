@@ -161,8 +161,7 @@ def _changes(seconds: Seconds) -> list[dict[str, Any]]:
         now = config.model.recompute
         modes = [{"model.recompute": mode} for mode in ("auto", "attention-saved") if mode != now]
         changes += [mode | size for mode in modes for size in sizes] + (sizes[1:] if now == "auto" else [])
-    if not config.engine.park:
-        changes.append({"engine.park": True})
+    changes.append({"engine.park": not config.engine.park})
     if config.engine.offload != "none":
         changes.append({"engine.offload": "none"})
     if tokens <= 1 << 20:

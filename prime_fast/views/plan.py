@@ -148,10 +148,10 @@ def _passes_table(plan: Plan) -> Table:
     table = Table("pass", "over", "forward units", title="Passes per step")
     units = 0.0
     for made in passes_per_step(plan.config, plan.recompute):
-        table.add_row(made.what, made.rows, f"{made.units:g}")
+        table.add_row(made.what, made.rows, f"{made.units:.4g}")
         units += made.units if made.rows == "kept responses" else 0
     table.add_section()
-    table.add_row("sum over kept responses", "", f"{units:g}")
+    table.add_row("sum over kept responses", "", f"{units:.4g}")
     return table
 
 

@@ -1,6 +1,7 @@
 """Every phase counts what it must, against numbers from gpu reviews of the same configuration; plans are monotone."""
 
 import random
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def shipped(name, *overrides):
 
 
 def seven(*overrides, ranks=8, card=A100):
-    return Plan(shipped("eurus2-7b-8xa100", *overrides), ranks, card)
+    """With everything chosen by hand."""
+    given = ("model.recompute=all", "engine.park=false", "rollout.vllm={gpu_memory_utilization: 0.45}")
+    return Plan(shipped("eurus2-7b-8xa100", *given, *overrides), ranks, card)
 
 
 def gib(plan, phase, name, where="GPU"):
@@ -164,7 +167,7 @@ def drawn(rng):
         f"rollout.max_response={longest - longest // 4}",
         f"engine.micro_tokens={longest * rng.randint(1, 8)}",
         f"engine.offload={rng.choice(['none', 'none', 'cpu'])}",
-        f"model.recompute={rng.choice(['none', 'all', 'attention-saved', 'auto', '7'])}",
+        f"model.recompute={rng.choice(['none', 'all', 'attention-saved', '7'])}",
         f"rollout.batch={rng.choice([16, 64, 256])}",
         f"prime.process_weight={rng.choice([0, 1])}",
         f"rollout.vllm={{gpu_memory_utilization: {rng.choice([0.1, 0.3, 0.5, 0.8])}}}",
@@ -218,6 +221,82 @@ def test_the_advice_is_right_and_mild(seed):
         if key in now and value < now[key]:
             less = value * 2 if key == "rollout.batch" else value + {UTILIZATION: 0.05}.get(key, 1024)
             assert less >= now[key] or not fits(change | {key: less}), f"{key} went too far"
+
+
+def chosen(*overrides, ranks=8, card=A100):
+    """With nothing chosen by hand."""
+    return Plan(shipped("eurus2-7b-8xa100", *overrides), ranks, card)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_as_few_layers_are_recomputed_as_fit(seed):
+    rng = random.Random(200 + seed)
+    config = apply(drawn(rng), {"model.recompute": "auto"})
+    ranks, card = rng.choice([1, 2, 4, 8]), int(rng.choice(list(CARDS.values())) * GIB)
+    plan = Plan(config, ranks, card)
+    for role, found in plan.recompute.items():
+        assert plan.model(role).recompute == found.setting and not found.attention
+        same, fewer = (
+            Plan(apply(config, {"model.recompute": layers}), ranks, card)
+            for layers in (found.layers, max(0, found.layers - 1))
+        )
+        assert same.peaks[role] == plan.peaks[role]
+        assert found.layers == found.of or same.peaks[role] <= 0.95 * card
+        assert found.layers == 0 or fewer.peaks[role] > 0.95 * card
+
+
+def test_what_auto_is_without_a_gpu_or_a_card():
+    nothing = {"policy": (0, 28, False), "prm": (0, 28, False)}
+    assert chosen(card=None).recompute == nothing
+    assert chosen(card=None).chosen() == [
+        "model.recompute=auto recomputes layers: 0 of 28 (policy), 0 of 28 (prm), as long as the card is not known."
+    ]
+    plan = Plan(shipped("eurus2-7b-8xa100"), 8, None, on_gpu=False)
+    assert plan.recompute == nothing and not plan.chosen() and not plan.parks and plan.engine_config is plan.config
+
+
+def test_more_layers_than_the_model_has():
+    with pytest.raises(ValueError, match="model.recompute=29 is more than the 28 layers of .*qwen2.5-math-7b; give no"):
+        seven("model.recompute=29")
+
+
+@pytest.mark.parametrize("park", ["true", "false"])
+@pytest.mark.parametrize(("name", "card"), [*product(SHIPPED, ["a100-80", "h200"])])
+def test_the_engine_gets_what_is_left(name, card, park):
+    """Of the card while it is awake, but for a margin; 1% more would be too much."""
+    config, ranks, card = shipped(name, f"engine.park={park}"), SHIPPED[name][1], card_bytes(card)
+    plan = Plan(config, ranks, card)
+    given = plan.engine_config.rollout.vllm["gpu_memory_utilization"]
+    assert plan.fits and given == plan.rollout.utilization > (0.75 if park == "true" else 0.1)
+    assert f"rollout.vllm.gpu_memory_utilization is {given:g}, by the memory plan." in plan.chosen()
+    awake = ("load", "generate", "sync", "checkpoint")
+    assert max(plan.peaks[phase] for phase in awake) <= 0.95 * card
+    more = Plan(apply(config, {UTILIZATION: given + 0.01}), ranks, card)
+    assert given == 0.9 or max(more.peaks[phase] for phase in awake) > 0.95 * card
+
+
+def test_parked_states_lie_on_the_host_and_the_cache_in_their_place():
+    parked, beside = chosen(), chosen("engine.park=false")
+    assert parked.rollout.sequences > 1.8 * beside.rollout.sequences
+    for name in ("float32 weights", "AdamW moments", "gradients", "reduce bucket"):
+        for phase in ("generate", "sync", "checkpoint"):
+            assert gib(parked, phase, name) == 0 < gib(beside, phase, name)
+        assert gib(parked, "policy", name) == gib(beside, "policy", name)
+    for phase in parked.phases:
+        assert gib(parked, phase, "buffers to park in", "host") == 24  # of 21.3: a sub-group's 3.55 are pinned as 4
+    for reason in ("rollout.engine=hf", "rollout.vllm={gpus: [7]}", "rollout.vllm={sleep_level: 0}"):
+        assert not chosen(reason).parks
+    assert not chosen("engine.offload=cpu").parks
+
+
+def test_who_gives_the_engine_its_share_keeps_it():
+    assert chosen(f"{UTILIZATION}=0.3").engine_config.rollout.vllm == {"gpu_memory_utilization": 0.3}
+    assert chosen("rollout.vllm={kv_cache_memory_bytes: 9000000000}").engine_config.rollout.vllm.keys() == {
+        "kv_cache_memory_bytes"
+    }
+    assert chosen("rollout.vllm={gpus: [7]}").rollout.utilization == 0.9
+    awake = chosen("rollout.vllm={sleep_level: 0}")  # it would leave nothing to train in
+    assert awake.rollout.utilization == 0.5 and "gpu_memory_utilization" not in awake.engine_config.rollout.vllm
 
 
 def test_some_advice():

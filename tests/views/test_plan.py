@@ -46,17 +46,19 @@ def test_the_dry_run_says_what_fits(published, capsys):
     console = Console(width=200)
     assert plan.print_dry_run(published(), 8, console, "a100-80")
     fits = capsys.readouterr().out
-    assert "Tightest phase: checkpoint, 74.5 GiB of 79.1 GiB: fits with 4.6 GiB." in fits
-    assert "holds 83.4 sequences" in fits
+    assert "Tightest phase: load, 75.0 GiB of 79.1 GiB: fits with 4.1 GiB." in fits
+    assert "holds 202.7 sequences" in fits
+    assert "model.recompute=auto recomputes layers: 22 of 28 (policy), 22 of 28 (prm)." in fits
+    assert "rollout.vllm.gpu_memory_utilization is 0.78, by the memory plan." in fits
     assert "198.6 GiB on disk, 794.4 GiB with the newest 2 that are kept, the best and one being" in fits
     for phase in ("load", "resume", "generate", "reference", "prm step", "policy", "sync", "checkpoint"):
         assert f"│ {phase} " in fits
     assert not plan.print_dry_run(published(), 8, console, "a100-40")
-    assert "does not fit, over by 18.0 GiB" in (small := capsys.readouterr().out)
+    assert "does not fit, over by 14.2 GiB" in (small := capsys.readouterr().out)
     assert "Set engine.offload=cpu: then" in small
     assert plan.print_dry_run(published(), 8, console)
     unknown = capsys.readouterr().out
-    assert "Tightest" not in unknown and "left" not in unknown
+    assert "Tightest" not in unknown and "left" not in unknown and "0 of 28 (prm), as long as the card" in unknown
 
 
 def test_the_dry_run_predicts_seconds_of_a_card_that_it_knows(published, capsys):
