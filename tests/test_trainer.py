@@ -122,7 +122,8 @@ def test_parking_changes_no_bit_of_a_run(straight, workspace, tmp_path, monkeypa
     def note(there):
         seen.append([lot.parked for lot in there])
 
-    monkeypatch.setattr(Plan, "parks", True)
+    plan = Plan.__init__
+    monkeypatch.setattr(Plan, "__init__", lambda made, *rest: plan(made, *rest) or setattr(made, "parks", True))
     monkeypatch.setattr(parking.Parking, "__init__", lambda lot, *rest: lots.append(lot) or make(lot, *rest))
     monkeypatch.setattr(Fleet, "submit", lambda fleet, requests: note(lots) or submit(fleet, requests))
     monkeypatch.setattr(zero.Engine, "save_state", lambda made, place: note([made.parking]) or save(made, place))

@@ -47,6 +47,7 @@ def alone(config: Config) -> Config:
 class Plan:
     """card: bytes of a rank's GPU, None if unknown (vLLM then takes what rollout.batch sequences need).
 
+    parks: whether optimizer states leave the GPU for the engine.
     recompute: role of a trained model -> which of its layers are recomputed.
     moments: phase -> what is alive at each of its moments that may be the peak, in the order in which the phases come.
     phases: phase -> what is alive at its peak.
@@ -62,6 +63,9 @@ class Plan:
             for role, path in models(config).items()
         }
         self.rollout = Rollout(config, self.states["policy"].shape, self.dtype, card, on_gpu)
+        # an engine whose share was given may have room beside them
+        self.parks = False
+        self.parks = config.parks and on_gpu and (self.sizes_engine or card is None or self._awake() > self.limit)
         if self.sizes_engine:
             self.rollout = self.rollout._replace(room=self._room())
         self.recompute = {role: self._recompute(states) for role, states in self.states.items() if states.trained}
@@ -69,9 +73,9 @@ class Plan:
         self.phases = {name: max(moments, key=self._size) for name, moments in self.moments.items()}
 
     @property
-    def parks(self) -> bool:
-        """Whether optimizer states leave the GPU for the engine."""
-        return self.config.parks and self.on_gpu
+    def limit(self) -> float:
+        """Bytes of the card up to which it is filled by what is chosen here."""
+        return (1 - MARGIN) * self.card
 
     @property
     def sizes_engine(self) -> bool:
@@ -192,9 +196,13 @@ class Plan:
     def _room(self) -> float:
         """The share of the card that is left at all times at which vLLM holds its cache, in steps of 1%."""
         self.rollout = self.rollout._replace(room=0.0)
+        room = (self.limit - self._awake()) / self.card
+        return min(max(int(100 * room), 1) / 100, OWN_GPU_SHARE)
+
+    def _awake(self) -> int:
+        """Bytes at the peak of what is held while vLLM holds its cache."""
         moments = [*self._checking(), self._beside_engine(self.rollout.ready()), *self._writing()]
-        room = (1 - MARGIN) * self.card - max(map(self._size, moments))
-        return min(max(int(100 * room / self.card), 1) / 100, OWN_GPU_SHARE)
+        return max(map(self._size, moments))
 
     def _recompute(self, states: States) -> Recompute:
         setting, of = self.config.model.recompute, states.shape.layers
@@ -205,7 +213,7 @@ class Plan:
 
         def fits(layers: int) -> bool:
             moments = map(self._working, self._training(states, Recompute(layers, of)))
-            return max(map(self._size, moments)) <= (1 - MARGIN) * self.card
+            return max(map(self._size, moments)) <= self.limit
 
         return Recompute(bisect_left(range(of), True, key=fits), of)
 

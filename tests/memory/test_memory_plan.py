@@ -284,6 +284,9 @@ def test_parked_states_lie_on_the_host_and_the_cache_in_their_place():
         assert gib(parked, "policy", name) == gib(beside, "policy", name)
     for phase in parked.phases:
         assert gib(parked, phase, "buffers to park in", "host") == 24  # of 21.3: a sub-group's 3.55 are pinned as 4
+    given = chosen(f"{UTILIZATION}=0.45")
+    assert not given.parks and given.fits  # it has room beside them
+    assert (tight := chosen(f"{UTILIZATION}=0.6")).parks and tight.fits
     for reason in ("rollout.engine=hf", "rollout.vllm={gpus: [7]}", "rollout.vllm={sleep_level: 0}"):
         assert not chosen(reason).parks
     assert not chosen("engine.offload=cpu").parks
