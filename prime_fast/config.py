@@ -22,6 +22,7 @@ from prime_fast.values import (
     Paths,
     Positive,
     Rate,
+    Recompute,
     Share,
     Tokens,
     VllmArguments,
@@ -32,6 +33,10 @@ from prime_fast.values import (
 )
 
 WHOLE_REWARDS = ("math", "math-strict", "code-strict", "auto-strict")  # their outcomes are 0 or 1, nothing between
+REPLACED = {
+    "model.gradient_checkpointing": "model.recompute has taken its place: all is true, none is false, and without it "
+    "as few layers are recomputed as fit"
+}
 ROUNDING = 1e-6  # of means, as in prime.keep_groups
 
 
@@ -52,7 +57,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward; auto = bfloat16 on a GPU, float32 on CPU
     # norms, RoPE, SwiGLU. hf: transformers' | auto: on a GPU torch's RMSNorm | fused: Liger's RoPE and SwiGLU as well
     layers: Literal["auto", "hf", "fused"] = "auto"
-    gradient_checkpointing: bool = False
+    # layers whose activations are made again in the backward: none, all, a number, all but the outputs of attention
+    # (attention-saved), or as few as the memory plan leaves room for (auto; none without a GPU). The gradients are the
+    # same to the bit
+    recompute: Recompute = "auto"
 
 
 class DataConfig(Section):
@@ -156,6 +164,8 @@ class SftConfig(OptimizerConfig):
 class EngineConfig(Section):
     micro_tokens: Positive = 16384  # token budget of a packed micro-batch on one rank
     offload: Literal["none", "cpu", "disk"] = "none"  # where parameters and optimizer states rest; disk: in $TMPDIR
+    overlap_comm: bool = False  # reduce gradients beside the backward, on a stream of its own
+    park: bool = True  # optimizer states wait in host memory while a vLLM on the same GPU decodes
 
 
 class LogConfig(Section):
@@ -183,6 +193,13 @@ class Config(Section):
     @property
     def evaluates(self) -> bool:
         return bool(self.data.eval) and self.log.eval_every > 0
+
+    @property
+    def parks(self) -> bool:
+        """Whether optimizer states leave a GPU for the engine that wakes there."""
+        rollout = self.rollout
+        shares = rollout.engine == "vllm" and "gpus" not in rollout.vllm and rollout.vllm.get("sleep_level") != 0
+        return self.engine.park and self.engine.offload == "none" and shares
 
     @property
     def uses_prm(self) -> bool:
@@ -347,6 +364,8 @@ def _set(tree: dict, dotted: str, value: object) -> None:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key = key_of(first)
+    if key in REPLACED:
+        return f"key {key} is gone; {REPLACED[key]}"
     if first["type"] == "extra_forbidden":
         keys = known_keys()
         leaf = {name.rsplit(".", 1)[-1]: name for name in keys}

@@ -20,7 +20,7 @@ from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
 from prime_fast.memory import measured
 from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
-from prime_fast.progress import progress
+from prime_fast.progress import progress, say
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import make_engine
 from prime_fast.rollout.collect import Collector
@@ -36,7 +36,12 @@ SAMPLES_PER_STEP = 2  # completions written to samples.jsonl
 class Trainer:
     def __init__(self, config: Config, device: torch.device, inputs: preflight.Inputs) -> None:
         self.config, self.device, self.inputs = config, device, inputs
-        self.planned_memory = measured.planned(config, device)
+        self.plan = measured.plan(config, device)
+        self.planned_memory = measured.planned(self.plan)
+        if distributed.rank() == 0:
+            for sentence in self.plan.chosen():
+                say(sentence)
+        self.phases = Phases()
         self.policy = self._engine("policy", config.model.policy, config.policy)
         self.prm = self.reference = None
         if config.uses_prm:
@@ -44,7 +49,8 @@ class Trainer:
             self.prm = self._engine("prm", config.model.prm or config.model.policy, config.prm if trained else None)
         if config.uses_reference:
             self.reference = self._engine("reference", config.model.reference or config.model.policy, None)
-        engine = make_engine(config, config.model.policy, inputs.eos_ids, self.policy.dtype, device)
+        self._park()
+        engine = make_engine(self.plan.engine_config, config.model.policy, inputs.eos_ids, self.policy.dtype, device)
         self.rollout = Fleet(engine, self.policy.weights)
         apart = device.type == "cpu" or "gpus" in config.rollout.vllm
         self.overlaps = config.prime.overlap and self.rollout.concurrent and apart
@@ -60,7 +66,7 @@ class Trainer:
             inputs.tokenizer,
             config.reward.max_failures,
         )
-        self.phases, self.last_write = Phases(), time.perf_counter()
+        self.last_write = time.perf_counter()
         self.profile = profile.off
         self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
         self.record: dict[str, Any] = {}  # metrics of the step in work, as far as they are known
@@ -117,11 +123,13 @@ class Trainer:
         if groups:
             batch = Batch.of(groups, self.rollout.version)
             self.rollout.sleep()
+            self._unpark()
             if stream is None:
                 stream = self._stream(step, len(groups))
                 for group in groups:
                     stream.put(group)
             failure = self._update(step, batch, stream)
+            self._park()
         self._count(empty=not groups, skip_reason=failure if groups else nothing)
         with phases("sync"):
             self.rollout.wake(changed="policy" in self.moved)
@@ -262,6 +270,7 @@ class Trainer:
         self.counts = state["counts"]
         if {"data", "reward"} & set(renewed):
             self.counts["empty_in_a_row"] = 0
+        self._park()
         self.rollout.wake(changed=True)
         return state["step"] + 1
 
@@ -271,7 +280,20 @@ class Trainer:
         self.pool.close()
 
     def _engine(self, role: str, path: str, optimizer: OptimizerConfig | None) -> Engine:
-        return Engine(role, path, self.config.model, self.config.engine, optimizer, self.device)
+        return Engine(role, path, self.plan.model(role), self.config.engine, optimizer, self.device)
+
+    def _park(self) -> None:
+        """Before the rollout engine wakes on the same GPU: the optimizers' states make room for it."""
+        if self.plan.parks:
+            with self.phases("park"):
+                for engine in self._trained().values():
+                    engine.park()
+
+    def _unpark(self) -> None:
+        if self.plan.parks:
+            with self.phases("unpark"):
+                for engine in self._trained().values():
+                    engine.unpark()
 
     def _trained(self) -> dict[str, Engine]:
         engines = {"policy": self.policy, "prm": self.prm}

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValu
 
 LARGEST = (1 << 31) - 1  # of a count
 DAY = 86400.0  # seconds
+RECOMPUTE = ("auto", "none", "attention-saved", "all")
 ANSWERS = ("solution", "reasoning", "ground_truth")  # what sft.response may name
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
@@ -60,6 +61,12 @@ def _plain(value: dict) -> dict:
     return value
 
 
+def _recompute(value: Any) -> Any:
+    if value in RECOMPUTE or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST):
+        return value
+    raise ValueError(f"give {', '.join(RECOMPUTE)}, or how many layers are recomputed")
+
+
 def _answer(template: str) -> str:
     template.encode()
     for _, name, specification, conversion in Formatter().parse(template):
@@ -81,6 +88,7 @@ Tokens = Annotated[
     list[Annotated[int | str, BeforeValidator(_token)]],
     BeforeValidator(lambda value: [value] if isinstance(value, int | str) else value),
 ]
+Recompute = Annotated[int | str, BeforeValidator(_recompute)]
 Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain)]
 Answer = Annotated[str, AfterValidator(_answer)]
 

@@ -18,10 +18,10 @@ from prime_fast.metrics import read_metrics
 
 PROMPTS = (4080, 900, 150, 12)  # tokens
 CASES = [
-    (1, "hf", "false", "prm"),
-    (1, "vllm", "true", "prm"),
-    (2, "hf", "true", "policy"),
-    (2, "vllm", "false", "prm"),
+    (1, "hf", "none", "prm"),
+    (1, "vllm", "all", "prm"),
+    (2, "hf", "attention-saved", "policy"),
+    (2, "vllm", "1", "prm"),
 ]
 LATE = 4000  # RoPE frequencies rounded to bfloat16 are off by 5 rad there; log-probs then by 0.15 nats
 
@@ -72,14 +72,14 @@ prm: {{grad_clip: 0}}
     return root / "config.yaml"
 
 
-@pytest.mark.parametrize("ranks, engine, checkpointing, prm", CASES)
-def test_a_step_agrees_with_float32(ranks, engine, checkpointing, prm, long, tmp_path, device):
+@pytest.mark.parametrize("ranks, engine, recompute, prm", CASES)
+def test_a_step_agrees_with_float32(ranks, engine, recompute, prm, long, tmp_path, device):
     """Bounds are about twice what is measured; each of log-probs, rewards, gradients and mismatch passes its own when
     RoPE frequencies are in bfloat16."""
     if engine == "vllm":
         needs_vllm()
     overrides = [f"run_dir={tmp_path / 'run'}", f"rollout.engine={engine}", f"model.prm={long.parent / prm}"]
-    overrides += [f"model.gradient_checkpointing={checkpointing}"]
+    overrides += [f"model.recompute={recompute}"]
     if ranks == 1:
         results = bfloat16_step.both(long, overrides, device)
     else:
@@ -104,7 +104,7 @@ def test_a_step_agrees_with_float32(ranks, engine, checkpointing, prm, long, tmp
 
 
 def test_a_resumed_run_continues_to_the_same_bits(workspace, tmp_path):
-    settings = ["model.dtype=bfloat16", "model.gradient_checkpointing=true", "log.eval_every=0"]
+    settings = ["model.dtype=bfloat16", "model.recompute=all", "log.eval_every=0"]
     for name, *more in (("straight", "steps=2"), ("resumed", "steps=1"), ("resumed", "steps=2", "--resume")):
         assert main(["train", str(workspace / "config.yaml"), f"run_dir={tmp_path / name}", *settings, *more]) == 0
     newest = [checkpoint.latest(tmp_path / name) for name in ("straight", "resumed")]

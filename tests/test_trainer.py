@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prime_kernels
 from prime_fast import passes, preflight
 from prime_fast.cli import main
-from prime_fast.engine import checkpoint
+from prime_fast.engine import checkpoint, parking, zero
 from prime_fast.engine.batch import Batch
 from prime_fast.engine.distributed import Stop
 from prime_fast.engine.zero import deepspeed  # imported there after the accelerator is chosen
+from prime_fast.memory.plan import Plan
 from prime_fast.metrics import read_metrics
+from prime_fast.rollout.fleet import Fleet
 from prime_fast.trainer import Trainer
 
 safe_get_full_optimizer_state = deepspeed.utils.safe_get_full_optimizer_state
@@ -106,6 +108,31 @@ def test_resume_continues_to_the_same_bits(straight, workspace, tmp_path):
     run(workspace, tmp_path / "run", "steps=2")
     resumed = run(workspace, tmp_path / "run", "steps=4", resume=True)
     assert stable(resumed) == stable(records)
+    for name in ("policy", "prm"):
+        expected, got = weights(run_dir, name), weights(tmp_path / "run", name)
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_parking_changes_no_bit_of_a_run(straight, workspace, tmp_path, monkeypatch):
+    """As beside a vLLM on the same GPU: whenever the engine gets work, states are parked, and saved so."""
+    run_dir, records = straight
+    lots, seen = [], []
+    make, submit, save = parking.Parking.__init__, Fleet.submit, zero.Engine.save_state
+
+    def note(there):
+        seen.append([lot.parked for lot in there])
+
+    plan = Plan.__init__
+    monkeypatch.setattr(Plan, "__init__", lambda made, *rest: plan(made, *rest) or setattr(made, "parks", True))
+    monkeypatch.setattr(parking.Parking, "__init__", lambda lot, *rest: lots.append(lot) or make(lot, *rest))
+    monkeypatch.setattr(Fleet, "submit", lambda fleet, requests: note(lots) or submit(fleet, requests))
+    monkeypatch.setattr(zero.Engine, "save_state", lambda made, place: note([made.parking]) or save(made, place))
+    run(workspace, tmp_path / "run", "steps=2")
+    assert len(lots) == 2
+    lots.clear()
+    resumed = run(workspace, tmp_path / "run", "steps=4", resume=True)
+    assert stable(resumed) == stable(records) and {"seconds/park", "seconds/unpark"} <= resumed[-1].keys()
+    assert len(seen) > 8 and all(all(parked) for parked in seen)
     for name in ("policy", "prm"):
         expected, got = weights(run_dir, name), weights(tmp_path / "run", name)
         assert all(torch.equal(expected[key], got[key]) for key in expected)
@@ -269,7 +296,7 @@ OPTIONS = [
     ["rollout.old_logprobs=engine", "rollout.temperature=0.7", "rollout.max_rounds=1"],
     ["rollout.old_logprobs=recompute"],
     ["rollout.importance_cap=0", "policy.mini_batch=1000"],
-    ["policy.mini_batch=1000", "prm.mini_batch=1000", "model.gradient_checkpointing=true"],
+    ["policy.mini_batch=1000", "prm.mini_batch=1000", "model.recompute=attention-saved"],
 ]
 
 

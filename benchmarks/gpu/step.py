@@ -38,6 +38,8 @@ TINY_ROWS = [(32, 8), (48, 8)]
 CASES = {("1.5B", "PRIME"): 75, ("0.5B", "PRIME"): 50, ("1.5B", "RLOO"): 50, ("0.5B", "RLOO"): 40}  # seconds
 PROMPT_SHARE = 16  # a row has one prompt token in so many
 K = 4  # rows a group
+PARKINGS = 3
+FREED = 0.99  # of what the plan counts on: allocators round
 
 
 def run(job: Job) -> None:
@@ -76,7 +78,8 @@ def apart(job: Job, spec: dict[str, Any]) -> dict:
         raise RuntimeError(f"exit code {done.returncode} after {len(lines)} cases: {done.stderr[-1500:]}")
     if "does_not_fit" in lines[0]:
         raise Skipped(lines[0]["does_not_fit"])
-    return {"cases": lines}
+    parked = [json.loads(line)["parking"] for line in done.stdout.splitlines() if line.startswith('{"parking"')]
+    return {"cases": lines, "parking": parked[0]}
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -107,7 +110,39 @@ def main(spec: dict[str, Any]) -> None:
         trainer.run(MetricsLog(config.run_dir, config.steps), first_step=config.steps - 1)
         record = read_metrics(config.run_dir)[-1]
         print(json.dumps(summary(spec, length, count, record, trainer, peak, started)), flush=True)
+    print(json.dumps({"parking": parking(trainer)}), flush=True)
     trainer.close()
+
+
+def parking(trainer: Any) -> dict[str, Any]:
+    """Seconds in which the optimizer states go to the host and come back, the first time and then; what a GPU gets free
+    by it, which must be what the memory plan counts on."""
+    from prime_fast.memory.items import total
+
+    states = [trainer.plan.states[role] for role in trainer._trained()]
+    claimed = sum(total(engine.rest()) - total(engine.parked(engine.rest())) for engine in states)
+    found: dict[str, Any] = {"claimed_gib": claimed / 2**30, "park_seconds": [], "unpark_seconds": []}
+
+    def timed(name: str) -> None:
+        began = time.perf_counter()
+        for engine in trainer._trained().values():
+            getattr(engine, name)()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found[f"{name}_seconds"].append(time.perf_counter() - began)
+
+    for _ in range(PARKINGS):
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        timed("park")
+        if torch.cuda.is_available():
+            freed = before - torch.cuda.memory_allocated()
+            found["freed_gib"] = freed / 2**30
+            if freed < FREED * claimed:
+                raise RuntimeError(f"parking frees {freed / 2**30:.2f} GiB of {claimed / 2**30:.2f} that were planned")
+        timed("unpark")
+        if torch.cuda.is_available() and torch.cuda.memory_allocated() > before + (1 - FREED) * claimed:
+            raise RuntimeError(f"unparked states take {torch.cuda.memory_allocated() - before} bytes more than before")
+    return found
 
 
 def configuration(spec: dict[str, Any], model: Path, longest: int) -> Any:
@@ -118,7 +153,7 @@ def configuration(spec: dict[str, Any], model: Path, longest: int) -> Any:
     return Config(
         run_dir=str(model.with_name(f"{spec['shape']}-{spec['algorithm']}")),
         steps=3,
-        model={"policy": str(model), "gradient_checkpointing": True},
+        model={"policy": str(model), "recompute": "all"},
         data={"max_prompt": prompt},
         rollout={"prompts": rows // K, "samples": K, "max_response": longest - prompt, "batch": 1},
         reward={"function": "prime_fast.stages.quickstart:compute_score"},  # never called

@@ -115,7 +115,10 @@ def step(found: dict) -> list[str]:
         for phase, gib in case["measured_gib"].items():
             memory.append([case["case"], phase, f"{gib:.1f}", f"{plan[phase]:.1f}" if phase in plan else ""])
     note = "Rows are given, not sampled. MFU is of the GEMM peak of the same process, recomputation not credited."
-    return [grid(names, rows), note, grid(["case", "phase", "peak GiB", "planned GiB"], memory)] if rows else []
+    parked = {name: item["parking"] for name, item in found.items() if "parking" in item}
+    states = "\n".join(f"- parking the optimizer states of {name}: {plain(item)}" for name, item in parked.items())
+    memory = grid(["case", "phase", "peak GiB", "planned GiB"], memory)
+    return [grid(names, rows), note, memory, states] if rows else []
 
 
 def cases(found: dict) -> list[dict]:
@@ -135,6 +138,8 @@ SECTIONS = {"facts": facts, "kernels": kernels, "heads": heads, "step": step, "e
 def plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " / ".join(map(plain, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

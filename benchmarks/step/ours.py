@@ -22,7 +22,7 @@ def configuration(settings: dict[str, Any], *, prm: bool) -> Config:
         model={
             "policy": str(folder / "policy"),
             "prm": str(folder / "prm"),
-            "gradient_checkpointing": settings["checkpointing"],
+            "recompute": "all" if settings["checkpointing"] else "none",
         },
         data={"max_prompt": prompt_room(longest)},
         rollout={"prompts": rows // K, "samples": K, "max_response": longest, "batch": rows},

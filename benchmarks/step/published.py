@@ -77,7 +77,8 @@ class Published:
         self.device = zero.start()
         self.prime, self.before = variant.startswith("PRIME"), variant.endswith("before")
         config = self.config = configuration(settings, prm=self.prime)
-        config.model.gradient_checkpointing |= self.before
+        if self.before:
+            config.model.recompute = "all"
         folder = Path(settings["folder"])
 
         def engine(role: str, path: str, optimizer: OptimizerConfig | None) -> PaddedEngine:

@@ -18,9 +18,10 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
-from prime_fast.engine import distributed, layers
+from prime_fast.engine import distributed, layers, recompute
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
+from prime_fast.engine.parking import Parking
 from prime_fast.progress import progress
 
 if not torch.cuda.is_available():
@@ -83,9 +84,9 @@ class Engine:
     def _load(self, path: str, model: ModelConfig, optimizer: OptimizerConfig | None, settings: dict) -> None:
         lm = load_sharded(path, self.dtype, settings)
         lm.config.use_cache = False
-        if model.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})  # its name until transformers 6
         layers.fuse(lm, model.layers, self.device)
+        if self.trains:
+            recompute.enable(lm, model.recompute, path)
         module = self.wrap(lm)
         self.attention = attention_share(lm)
         for parameter in module.parameters():
@@ -100,6 +101,7 @@ class Engine:
             )
         self.deepspeed = deepspeed.initialize(model=module, optimizer=adam, config=settings)[0]
         self.deepspeed.train(self.trains)
+        self.parking = Parking(self.deepspeed.optimizer, self.device) if self.trains else None
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -111,6 +113,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. A non-finite loss poisons them, so that `step` sees it on every rank and skips."""
+        if self.parking.parked:
+            raise RuntimeError(f"the {self.role}'s optimizer states are parked; unpark them before they are trained")
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self.deepspeed.backward(loss * poison, scale_wrt_gas=False)
 
@@ -122,6 +126,15 @@ class Engine:
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
         return StepResult(float(self.deepspeed.get_global_grad_norm()) if applied else float("inf"), applied)
+
+    def park(self) -> None:
+        """Between steps: move the optimizer states to host memory; the model can be run, gathered and saved."""
+        if self.trains:
+            self.parking.park()
+
+    def unpark(self) -> None:
+        if self.trains:
+            self.parking.unpark()
 
     def parameters_without_gradient(self) -> list[str]:
         """Names of parameters whose first AdamW moment is zero everywhere: no gradient has reached them yet."""
@@ -165,6 +178,7 @@ class Engine:
         self.deepspeed.save_checkpoint(str(directory), tag="state")
 
     def load_state(self, directory: Path) -> None:
+        self.unpark()
         loaded, _ = self.deepspeed.load_checkpoint(str(directory), tag="state")
         if loaded is None:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint; choose an intact checkpoint or start anew")
@@ -195,7 +209,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     if engine.offload == "disk" and not deepspeed.ops.__compatible_ops__["async_io"]:
         raise ValueError("engine.offload=disk needs the system library libaio (package libaio-dev) and a C++ compiler")
-    zero: dict[str, Any] = {"stage": 3, "overlap_comm": False, "contiguous_gradients": True}
+    zero: dict[str, Any] = {"stage": 3, "overlap_comm": engine.overlap_comm, "contiguous_gradients": True}
     if engine.offload != "none":
         target = {"device": "cpu"}
         if engine.offload == "disk":  # a folder each: DeepSpeed names the files alike in every engine

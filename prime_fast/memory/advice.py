@@ -70,16 +70,16 @@ def _fits(plan: Plan, change: Change) -> bool:
 
 def _settings(plan: Plan) -> dict[str, Sequence[Any]]:
     """Values to try, nearest to today's first, by the price: a smaller cache or batch and smaller packs cost a little
-    speed, checkpointing a forward, offloading the transfer of every parameter and an optimizer step on the host."""
+    speed, recomputing up to a forward, offloading the transfer of every parameter and an optimizer step on the host."""
     config, settings = plan.config, {}
     if config.rollout.engine == "hf":
         settings["rollout.batch"] = _halves(config.rollout.batch, config.rollout.samples)
-    elif not plan.rollout.apart:
+    elif not plan.rollout.apart and not plan.sizes_engine:
         settings[UTILIZATION] = _utilizations(plan)
     longest, now = config.data.max_prompt + config.rollout.max_response, config.engine.micro_tokens
     settings["engine.micro_tokens"] = range((now - 1) // GRAIN * GRAIN, longest - 1, -GRAIN)
-    if not config.model.gradient_checkpointing:
-        settings["model.gradient_checkpointing"] = [True]
+    if config.model.recompute not in ("auto", "all"):
+        settings["model.recompute"] = ["auto"]
     if config.engine.offload == "none":
         settings["engine.offload"] = ["cpu"]
     return {key: values for key, values in settings.items() if values}

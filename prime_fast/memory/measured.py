@@ -16,13 +16,17 @@ MEASURED, PLANNED = "memory/", "memory_plan/"
 SHARE, LEAST = 0.1, 0.5
 
 
-def planned(config: Config, device: torch.device) -> dict[str, float]:
-    """{"memory_plan/<phase>": GiB} of the trainer itself on this machine; on a CPU with what its process holds now."""
+def plan(config: Config, device: torch.device) -> Plan:
+    """For this machine, the same on every rank: of the smallest card among them."""
     on_gpu = device.type == "cuda"
-    card = torch.cuda.mem_get_info(device)[1] if on_gpu else None
-    start = 0 if on_gpu else resident()
-    peaks = Plan(config, distributed.world_size(), card, on_gpu).trainer_peaks()
-    return {PLANNED + phase: (start + peak) / GIB for phase, peak in peaks.items()}
+    cards = distributed.gather_lists([torch.cuda.mem_get_info(device)[1]] if on_gpu else [])
+    return Plan(config, distributed.world_size(), min(cards, default=None), on_gpu)
+
+
+def planned(plan: Plan) -> dict[str, float]:
+    """{"memory_plan/<phase>": GiB} of the trainer itself; on a CPU with what its process holds now."""
+    start = 0 if plan.on_gpu else resident()
+    return {PLANNED + phase: (start + peak) / GIB for phase, peak in plan.trainer_peaks().items()}
 
 
 def beside(measured: dict[str, float], plan: dict[str, float]) -> dict[str, float]:

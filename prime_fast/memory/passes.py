@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from prime_fast.engine.recompute import Recompute
 from prime_fast.memory.items import Item
 from prime_fast.memory.shapes import Shape
 from prime_kernels import tune
@@ -40,12 +41,18 @@ def saved_by_layer(shape: Shape, width: int) -> int:
     return norms + queries + attention + 4 * shape.intermediate * width
 
 
-def saved(shape: Shape, width: int, checkpointing: bool) -> int:
-    """Bytes a token that the whole model keeps until its backward begins."""
-    layer = shape.hidden * width if checkpointing else saved_by_layer(shape, width)
+def attention_outputs(shape: Shape, width: int) -> int:
+    """Bytes a token of what the attention's op returns: its output, a float32 log-sum-exp a head."""
+    return shape.heads * (shape.head_size * width + 4)
+
+
+def saved(shape: Shape, width: int, recompute: Recompute) -> int:
+    """Bytes a token that the whole model keeps until its backward begins: of a recomputed layer its input."""
+    kept = shape.hidden * width + (attention_outputs(shape, width) if recompute.attention else 0)
+    layers = recompute.layers * kept + (recompute.of - recompute.layers) * saved_by_layer(shape, width)
     last_norm = shape.hidden * (4 + width) + 4
-    rotation = 0 if checkpointing else 2 * shape.head_size * width
-    return shape.layers * layer + last_norm + rotation
+    rotation = 2 * shape.head_size * width
+    return layers + last_norm + rotation
 
 
 def working(shape: Shape, width: int) -> int:
@@ -77,20 +84,22 @@ def scoring(role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bo
 
 
 def training(
-    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, checkpointing: bool
+    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, recompute: Recompute
 ) -> dict[str, list[Item]]:
     """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding."""
     width = dtype.itemsize
-    kept = Item(f"{role}: activations", tokens * saved(shape, width, checkpointing))
+    kept = Item(f"{role}: activations", tokens * saved(shape, width, recompute))
     stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
     head = Item(f"{role}: LM-head buffers", head_buffers(shape, tokens, dtype, on_gpu, backward=True))
     # the gradients that the forward made, and backward's scaled copies of them (linear_loss.py _scaled)
     gradients = Item(f"{role}: LM-head gradients", 2 * width * (shape.head + tokens * shape.hidden))
-    layer = tokens * (working(shape, width) + (saved_by_layer(shape, width) if checkpointing else 0))
+    layer = working(shape, width)
+    if recompute.layers == recompute.of:  # else the last layer is not, and its activations make room for the others'
+        layer += saved_by_layer(shape, width) - (attention_outputs(shape, width) if recompute.attention else 0)
     tied = Item(f"{role}: tied LM-head gradient", width * shape.head if shape.tied else 0)
     return {
         "head": [kept, stream, head],
         "head backward": [kept, stream, gradients],
-        "layer backward": [kept, Item(f"{role}: inside a layer", layer), tied],
+        "layer backward": [kept, Item(f"{role}: inside a layer", tokens * layer), tied],
         "embedding backward": [tied, Item(f"{role}: embedding gradient", width * shape.head)],
     }

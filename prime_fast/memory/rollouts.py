@@ -34,6 +34,7 @@ class Rollout(NamedTuple):
     dtype: torch.dtype
     card: int | None  # bytes of the GPU, None if unknown
     on_gpu: bool = True
+    room: float = GPU_SHARE  # share of the card that an engine beside the trainer gets, unless it is given one
 
     @property
     def vllm(self) -> bool:
@@ -53,7 +54,7 @@ class Rollout(NamedTuple):
 
     @property
     def utilization(self) -> float:
-        return self.config.rollout.vllm.get("gpu_memory_utilization", OWN_GPU_SHARE if self.apart else GPU_SHARE)
+        return self.config.rollout.vllm.get("gpu_memory_utilization", OWN_GPU_SHARE if self.apart else self.room)
 
     @property
     def sleep_level(self) -> int:

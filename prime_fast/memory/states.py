@@ -18,6 +18,7 @@ from prime_fast.memory.items import Item, pinned
 from prime_fast.memory.shapes import Shape
 
 MASTER, MOMENTS = 4, 8  # bytes a parameter: float32 weights; AdamW's two float32 moments
+PARKED = ("float32 weights", "AdamW moments", "gradients", "reduce bucket")  # the last two are given up
 RANK_0 = "on rank 0"
 NORM = 8  # bytes an element: norms are taken in float64 (utils.py get_norm_dtype)
 
@@ -91,6 +92,18 @@ class States:
     def fresh(self) -> list[Item]:
         """Before the first step, which makes AdamW's moments."""
         return [item for item in self.rest() if not item.name.endswith("AdamW moments")]
+
+    def parked(self, items: list[Item]) -> list[Item]:
+        """What a GPU still holds of `rest` or `fresh` (engine/parking.py)."""
+        away = {f"{self.role}: {name}" for name in PARKED}
+        return [item for item in items if item.name not in away]
+
+    def parking(self) -> list[Item]:
+        """The pinned buffers of parked states, kept from the first time on: weights and two moments a sub-group."""
+        if not self.trained:
+            return []
+        size = sum((MASTER + MOMENTS) // MASTER * pinned(MASTER * group) for group in self.sub_groups)
+        return [self._item("buffers to park in", size, "host")]
 
     def starting(self) -> list[Item]:
         """While the engine is made: float32 weights converted and cloned (stage3.py _create_fp32_partitions), then a
@@ -214,6 +227,11 @@ class States:
         """The pinned blocks, one a parameter, that an engine offloaded to the CPU was loaded into; torch keeps them."""
         blocks = self._blocks if self.engine.offload == "cpu" and self.on_gpu else 0
         return [self._item("pinned blocks left from loading", blocks, "host")]
+
+    @property
+    def parked_bytes(self) -> int:
+        """That move one way."""
+        return (MASTER + MOMENTS) * self.partition if self.trained else 0
 
     @property
     def _blocks(self) -> int:

@@ -44,7 +44,7 @@ class Seconds:
         self.kept = math.ceil(started * self.pass_rate) * config.rollout.samples
         self.rows = Rows.of(self.prompt, self.drawn(self.kept), self.kept)
         self.phases = {"generate": self.rollout()}
-        for made in passes_per_step(config)[1:]:
+        for made in passes_per_step(config, plan.recompute)[1:]:
             self.phases[made.phase] = self.phases.get(made.phase, 0.0) + self.trainer_pass(made)
         self.phases["sync and other"] = self.sync()
 
@@ -80,7 +80,7 @@ class Seconds:
         machine = self.machine(role)
         runs = self.config.policy.epochs if made.phase == "policy" else min(1.0, made.units)
         micro_batches = max(self.micro_batches(self.rows), made.steps / runs)
-        seconds = machine.pass_seconds(self.rows, made.units, micro_batches, made.trains, runs)
+        seconds = machine.pass_seconds(self.rows, made.units, micro_batches, made.trains, runs, made.kept)
         return seconds + made.steps * machine.optimizer_step()
 
     @property
@@ -123,6 +123,8 @@ class Seconds:
     def sync(self) -> float:
         rollout = self.plan.rollout
         seconds = rollout.weights * rollout.shards / self.rates.sync
+        if self.plan.parks:
+            seconds += 2 * sum(states.parked_bytes for states in self.plan.states.values()) / self.rates.pcie
         return seconds + (self.rates.wake if rollout.vllm and rollout.sleep_level else 0.0)
 
 
@@ -142,21 +144,24 @@ def advice(seconds: Seconds) -> tuple[dict[str, Any], float] | None:
 def _changes(seconds: Seconds) -> list[dict[str, Any]]:
     """Settings that may help and change no result beyond rounding."""
     config, changes = seconds.config, []
-    rollout = config.rollout
+    rollout, given = config.rollout, config.rollout.vllm.get("kv_cache_memory_bytes")
     if rollout.engine == "hf":
-        changes += [{"rollout.engine": "vllm", UTILIZATION: share / 20} for share in range(4, 18, 2)]
-    elif seconds.slots < rollout.batch and not rollout.vllm.get("kv_cache_memory_bytes"):
-        now = seconds.plan.rollout.utilization
-        changes += [{UTILIZATION: share / 20} for share in range(2, 20) if share / 20 > now]
+        changes.append({"rollout.engine": "vllm"})
+    elif seconds.slots < rollout.batch and not seconds.plan.sizes_engine and not given:
+        share = seconds.plan.rollout.utilization
+        changes += [{UTILIZATION: larger / 20} for larger in range(2, 20) if larger / 20 > share]
     if rollout.vllm.get("enforce_eager"):
         changes.append({"rollout.vllm.enforce_eager": False})
     if seconds.slots == rollout.batch and rollout.batch < 1024:
         changes.append({"rollout.batch": 2 * rollout.batch})
     tokens, longest = config.engine.micro_tokens, config.data.max_prompt + rollout.max_response
-    if config.model.gradient_checkpointing:
-        changes.append({"model.gradient_checkpointing": False})
+    if any(found.layers for found in seconds.plan.recompute.values()):
         smaller = [tokens >> i for i in range(1, tokens.bit_length()) if tokens >> i >= longest]
-        changes += [{"model.gradient_checkpointing": False, MICRO: size} for size in smaller]
+        sizes = [{}, *({MICRO: size} for size in smaller)]
+        now = config.model.recompute
+        modes = [{"model.recompute": mode} for mode in ("auto", "attention-saved") if mode != now]
+        changes += [mode | size for mode in modes for size in sizes] + (sizes[1:] if now == "auto" else [])
+    changes.append({"engine.park": not config.engine.park})
     if config.engine.offload != "none":
         changes.append({"engine.offload": "none"})
     if tokens <= 1 << 20:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from prime_fast.config import Config
+from prime_fast.engine.recompute import Recompute
 from prime_fast.memory.shapes import Shape
 from prime_fast.speed.rates import Rates
 
@@ -17,13 +19,21 @@ class Pass(NamedTuple):
     phase: str  # of the trainer's stopwatch
     what: str
     rows: str
-    units: float  # forwards: a backward is 2, and one more under gradient checkpointing
+    units: float  # forwards: a backward is 2, and recomputed layers are one more
     steps: int = 0  # optimizer steps
     trains: bool = False
+    kept: float = 0.0  # of the units, those that attention is spared because its outputs are kept
 
 
-def passes_per_step(config: Config) -> list[Pass]:
-    train = 4.0 if config.model.gradient_checkpointing else 3.0
+def passes_per_step(config: Config, recompute: Mapping[str, Recompute]) -> list[Pass]:
+    """recompute: of each trained model, by its role."""
+
+    def trained(role: str, what: str, steps: int, runs: int = 1) -> Pass:
+        found = recompute[role]
+        again = runs * found.layers / found.of
+        made = f"{what} forward and backward, {steps} optimizer steps"
+        return Pass(role, made, kept, 3.0 * runs + again, steps, True, again if found.attention else 0.0)
+
     steps = {
         name: max(1, round(config.rollout.prompts * config.rollout.samples / section.mini_batch))
         for name, section in (("policy", config.policy), ("prm", config.prm))
@@ -39,8 +49,7 @@ def passes_per_step(config: Config) -> list[Pass]:
         if config.prime.update == "none":
             rows.append(Pass("prm", "PRM forward", kept, 1.0))
         else:
-            what = f"PRM forward and backward, {steps['prm']} optimizer steps"
-            rows.append(Pass("prm", what, kept, train, steps["prm"], trains=True))
+            rows.append(trained("prm", "PRM", steps["prm"]))
         if config.prime.update == "before":
             rows.append(Pass("prm", "PRM forward again, after its update", kept, 1.0))
     reused = policy_reference and config.rollout.temperature == 1
@@ -48,9 +57,7 @@ def passes_per_step(config: Config) -> list[Pass]:
     if spared < steps["policy"] and not reused:
         rows.append(Pass("old_logprobs", "policy forward: old log-probs", kept, 1.0 - spared / steps["policy"]))
     epochs = config.policy.epochs
-    updates = epochs * steps["policy"]
-    what = f"policy forward and backward, {updates} optimizer steps"
-    rows.append(Pass("policy", what, kept, epochs * train, updates, trains=True))
+    rows.append(trained("policy", "policy", epochs * steps["policy"], epochs))
     return rows
 
 
@@ -101,11 +108,12 @@ class Machine:
             "head": 2 * shape.head * rows.responses,
         }
 
-    def computing(self, rows: Rows, units: float, heads: float) -> float:
-        """Seconds of `units` forwards and `heads` products of the LM head, were they all that there is."""
+    def computing(self, rows: Rows, units: float, heads: float, kept: float = 0.0) -> float:
+        """Seconds of `units` forwards, `kept` of them without attention, and `heads` products of the LM head, were
+        they all that there is."""
         rates, flops = self.rates, self.forward_flops(rows)
         layers = rates.layers if self.fused_layers else rates.layers * rates.hf_layers
-        spent = units * flops["layers"] / layers + units * flops["attention"] / rates.attention
+        spent = units * flops["layers"] / layers + (units - kept) * flops["attention"] / rates.attention
         spent += heads * flops["head"] / rates.head
         return spent / self.flops / self.ranks / rates.balance
 
@@ -117,10 +125,13 @@ class Machine:
         seconds = moves * whole * (self.ranks - 1) / self.ranks / (link * rates.collective)
         return seconds + (moves * whole / self.ranks / rates.pcie if self.offload else 0.0)
 
-    def pass_seconds(self, rows: Rows, units: float, micro_batches: float, trains: bool, passes: float = 1.0) -> float:
-        """Seconds of `passes` runs over the rows, of `units` forwards together, each in `micro_batches` a rank."""
+    def pass_seconds(
+        self, rows: Rows, units: float, micro_batches: float, trains: bool, passes: float = 1.0, kept: float = 0.0
+    ) -> float:
+        """Seconds of `passes` runs over the rows, of `units` forwards together (`kept`: see computing), each in
+        `micro_batches` a rank."""
         rates = self.rates
-        computing = self.computing(rows, units, passes * HEAD[trains])
+        computing = self.computing(rows, units, passes * HEAD[trains], kept)
         floor = units * micro_batches * self.shape.layers * rates.layer
         computing, traffic = max(computing, floor), passes * micro_batches * self.traffic(trains)
         return max(computing, traffic) + rates.exposed * min(computing, traffic)

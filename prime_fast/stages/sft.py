@@ -22,6 +22,8 @@ from prime_fast.engine import checkpoint, distributed, packing
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine
 from prime_fast.identity import Identity
+from prime_fast.memory import measured
+from prime_fast.memory.plan import alone
 from prime_fast.metrics import MetricsLog, peak_gib
 from prime_fast.preflight import sample_evenly
 from prime_fast.progress import progress
@@ -67,7 +69,8 @@ class Sft:
     def __init__(self, config: Config, device: torch.device, inputs: Inputs) -> None:
         self.config, self.inputs = config, inputs
         self.sampler = PromptSampler(len(inputs.rows), config.seed)
-        self.engine = Engine(STAGE, config.model.policy, config.model, config.engine, config.sft, device)
+        model = measured.plan(alone(config), device).model("policy")
+        self.engine = Engine(STAGE, config.model.policy, model, config.engine, config.sft, device)
         self.counts = {"skipped": 0, "failed_in_a_row": 0}
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:

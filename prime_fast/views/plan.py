@@ -36,7 +36,7 @@ def print_dry_run(
     console.print(_models_table(config))
     console.print(_phases_table(plan))
     console.print(_items_table(plan))
-    console.print(_passes_table(config))
+    console.print(_passes_table(plan))
     r = config.rollout
     console.print(
         f"{r.prompts} prompts x {r.samples} samples, up to {config.data.max_prompt} + {r.max_response} tokens each; "
@@ -44,6 +44,8 @@ def print_dry_run(
         f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with the newest "
         f"{config.log.keep} that are kept{', the best' if config.evaluates else ''} and one being written."
     )
+    for sentence in plan.chosen():
+        console.print(sentence)
     if gpu is None:
         return True
     if seconds:
@@ -142,14 +144,14 @@ def _items_table(plan: Plan) -> Table:
     return table
 
 
-def _passes_table(config: Config) -> Table:
+def _passes_table(plan: Plan) -> Table:
     table = Table("pass", "over", "forward units", title="Passes per step")
     units = 0.0
-    for made in passes_per_step(config):
-        table.add_row(made.what, made.rows, f"{made.units:g}")
+    for made in passes_per_step(plan.config, plan.recompute):
+        table.add_row(made.what, made.rows, f"{made.units:.4g}")
         units += made.units if made.rows == "kept responses" else 0
     table.add_section()
-    table.add_row("sum over kept responses", "", f"{units:g}")
+    table.add_row("sum over kept responses", "", f"{units:.4g}")
     return table
 
 

@@ -73,6 +73,8 @@ def test_heads_fails_where_our_own_op_does(tmp_path, monkeypatch):
 def test_a_step_in_a_process_of_its_own(tmp_path):
     items = run(step, tmp_path, tried=["tiny RLOO"])
     short, long = items["tiny PRIME"]["cases"]
+    parked = items["tiny PRIME"]["parking"]
+    assert len(parked["park_seconds"]) == len(parked["unpark_seconds"]) == 3 and min(parked["park_seconds"]) > 0
     assert [case["row_tokens"] for case in (short, long)] == [32, 48]
     for case in (short, long):
         assert case["seconds"].keys() >= {"reference", "prm", "advantage", "policy", "sync"}
@@ -85,7 +87,8 @@ def test_a_step_in_a_process_of_its_own(tmp_path):
 def test_rloo_beside_it(tmp_path, capsys, device):
     spec = {"shape": "tiny", "algorithm": "RLOO", "folder": str(tmp_path), "device": "cpu", "rows": [[32, 8]]}
     step.main(spec)
-    case = json.loads(capsys.readouterr().out.splitlines()[-1])
+    case, parked = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
+    assert parked["parking"].keys() == {"claimed_gib", "park_seconds", "unpark_seconds"}
     assert max(case["seconds"]["reference"], case["seconds"]["prm"]) < 1e-3 and case["seconds"]["policy"] > 1e-3
     assert case["mfu_of_phases"].keys() == {"policy"}
 

@@ -151,7 +151,7 @@ def check(models: Path, scratch: Path, device: torch.device, tokenizer) -> None:
     for name, dtype, trains, checkpointing, offload in dict.fromkeys(cases):
         case, path = f"{name} {dtype} trains={trains} checkpointing={checkpointing} offload={offload}", models / name
         plain = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        model = ModelConfig(policy=str(path), dtype=dtype, gradient_checkpointing=checkpointing)
+        model = ModelConfig(policy=str(path), dtype=dtype, recompute="all" if checkpointing else "none")
         optimizer = OptimizerConfig(lr=0.0) if trains else None
         engine = zero.Engine("policy", str(path), model, EngineConfig(offload=offload), optimizer, device)
         for moment in ("loaded", "stepped", "restored"):

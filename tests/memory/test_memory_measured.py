@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from prime_fast import preflight
+from prime_fast import preflight, trainer
 from prime_fast.memory import measured
+from prime_fast.memory.advice import card_bytes
 from prime_fast.memory.plan import Plan
 from prime_fast.trainer import Trainer
 
@@ -30,3 +31,35 @@ def test_every_phase_that_was_planned_is_one_that_the_trainer_times(overrides, c
     expected = set(Plan(config, 1, on_gpu=False).trainer_peaks()) - {"load", "resume"}
     assert {name.removeprefix(measured.PLANNED) for name in record if name.startswith(measured.PLANNED)} == expected
     assert all(record[measured.MEASURED + phase] > 0 for phase in expected)
+
+
+class Started(Exception):
+    pass
+
+
+def test_the_trainer_does_what_the_plan_of_its_card_says(configure, workspace, device, monkeypatch):
+    """Up to the engine's start, which needs a GPU."""
+    frozen = ("prime.update=none", f"model.prm={workspace / 'model'}")
+    config = configure("rollout.engine=vllm", "model.recompute=1", *frozen)
+    Path(config.run_dir).mkdir()
+    plan, made = Plan(config, 1, card_bytes("a100-80")), []
+
+    def start(given, *_):
+        assert given.rollout.vllm == {"gpu_memory_utilization": plan.rollout.utilization}
+        assert given.rollout.vllm["gpu_memory_utilization"] == 0.9 and config.rollout.vllm == {}
+        assert [engine.role for engine in made if engine.parking and engine.parking.parked] == ["policy"]
+        raise Started
+
+    engine = trainer.Engine
+    monkeypatch.setattr(trainer, "Engine", lambda *given: made.append(engine(*given)) or made[-1])
+    monkeypatch.setattr(measured, "plan", lambda *_: plan)
+    monkeypatch.setattr(trainer, "make_engine", start)
+    with pytest.raises(Started):
+        Trainer(config, device, preflight.load_inputs(config))
+    recomputed = [sum(layer.gradient_checkpointing for layer in engine.lm.model.layers) for engine in made]
+    assert recomputed == [1, 0, 0]  # what is frozen has no backward
+
+
+def test_a_plan_of_this_machine(configure, device):
+    plan = measured.plan(configure(), device)
+    assert (plan.ranks, plan.card, plan.on_gpu, plan.place) == (1, None, False, "host")

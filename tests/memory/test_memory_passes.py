@@ -1,13 +1,18 @@
 """Activations and LM-head buffers of the plan against what autograd saves and what the ops allocate."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from prime_fast.engine import packing
+from prime_fast.engine import packing, recompute
 from prime_fast.engine.model import PackedLM
+from prime_fast.engine.recompute import Recompute
 from prime_fast.memory import passes
 from prime_fast.memory.shapes import shape
 from prime_kernels import linear_loss_triton
@@ -36,35 +41,47 @@ def model_of(family, tmp_path, **changes):
     return AutoModelForCausalLM.from_config(config), shape(str(tmp_path))
 
 
-def saved_bytes(model, pack):
-    """Storages that autograd keeps of a forward, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
+class Made(TorchDispatchMode):
+    """Bytes of the storages that operators make besides those given, as long as anything keeps them."""
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage
-        return tensor
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.storages = {tensor.untyped_storage().data_ptr() for tensor in given}, {}
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(pack, lambda hidden, weight, bias: hidden.float().sum())
-    return sum(storage.nbytes() for storage in storages.values())
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr(), storage.nbytes()] = StorageWeakRef(storage)
+        return result
+
+    @property
+    def kept(self):
+        return sum(size for (_, size), storage in self.storages.items() if not storage.expired())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["every layer kept", "checkpointed"])
+def kept_bytes(model, pack):
+    """What a forward leaves behind for its backward, in autograd's graph or in Python."""
+    given = [*model.parameters(), *model.buffers(), pack.input_ids, pack.position_ids, pack.predict]
+    with Made(given) as made:
+        loss = model(pack, lambda hidden, weight, bias: hidden.float().sum())
+    gc.collect()
+    return made.kept - loss.nbytes
+
+
+@pytest.mark.parametrize("mode", ["none", 1, 2, "attention-saved", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_what_autograd_saves(family, dtype, checkpointing, tmp_path):
+def test_activations_are_what_autograd_saves(family, dtype, mode, tmp_path):
     lm, planned = model_of(family, tmp_path)
-    if checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute.enable(lm, mode, family)
     model = PackedLM(lm.to(dtype)).train()
     rows = [torch.randint(0, 50, (40,)) for _ in range(2)]
     pack = packing.pack([0, 1], rows, [row[:31] for row in rows], [0, 31])
     tokens = len(pack.input_ids)
-    indices = pack.input_ids.nbytes + pack.predict.nbytes
-    assert saved_bytes(model, pack) - indices == tokens * passes.saved(planned, dtype.itemsize, checkpointing)
+    planned_bytes = tokens * passes.saved(planned, dtype.itemsize, Recompute.fixed(mode, 3, family))
+    assert kept_bytes(model, pack) == planned_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])

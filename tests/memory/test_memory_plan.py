@@ -1,6 +1,7 @@
 """Every phase counts what it must, against numbers from gpu reviews of the same configuration; plans are monotone."""
 
 import random
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def shipped(name, *overrides):
 
 
 def seven(*overrides, ranks=8, card=A100):
-    return Plan(shipped("eurus2-7b-8xa100", *overrides), ranks, card)
+    """With everything chosen by hand."""
+    given = ("model.recompute=all", "engine.park=false", "rollout.vllm={gpu_memory_utilization: 0.45}")
+    return Plan(shipped("eurus2-7b-8xa100", *given, *overrides), ranks, card)
 
 
 def gib(plan, phase, name, where="GPU"):
@@ -88,7 +91,7 @@ def test_a_sync_has_no_cache_beside_its_buckets():
 
 
 def test_without_checkpointing_the_head_comes_on_top_of_all_activations():
-    in_head, *_ = seven("model.gradient_checkpointing=false").moments["prm"]
+    in_head, *_ = seven("model.recompute=none").moments["prm"]
     sizes = {item.name: item.size / GIB for item in in_head}
     assert sizes["prm: activations"] == pytest.approx(104.95, rel=0.01)
     buffers = 1.74 + 2.03 + 0.11 + 0.08  # logits and dlogits, dW, dX, rows scaled
@@ -164,7 +167,7 @@ def drawn(rng):
         f"rollout.max_response={longest - longest // 4}",
         f"engine.micro_tokens={longest * rng.randint(1, 8)}",
         f"engine.offload={rng.choice(['none', 'none', 'cpu'])}",
-        f"model.gradient_checkpointing={rng.choice(['true', 'false'])}",
+        f"model.recompute={rng.choice(['none', 'all', 'attention-saved', '7'])}",
         f"rollout.batch={rng.choice([16, 64, 256])}",
         f"prime.process_weight={rng.choice([0, 1])}",
         f"rollout.vllm={{gpu_memory_utilization: {rng.choice([0.1, 0.3, 0.5, 0.8])}}}",
@@ -184,7 +187,7 @@ def test_plans_grow_with_what_they_hold(seed):
 
     grows(Plan(apply(config, {"engine.micro_tokens": 2 * config.engine.micro_tokens}), ranks, int(card)))
     grows(Plan(apply(config, {"rollout.batch": 2 * config.rollout.batch}), ranks, int(card)))
-    grows(Plan(apply(config, {"model.gradient_checkpointing": False}), ranks, int(card)))
+    grows(Plan(apply(config, {"model.recompute": "none"}), ranks, int(card)))
     grows(Plan(apply(config, {"engine.offload": "none"}), ranks, int(card)))
     grows(Plan(apply(config, {"rollout.vllm.gpu_memory_utilization": 0.9}), ranks, int(card)))
     grows(Plan(config, ranks, int(card * 1.5)))  # vLLM takes a share of the card
@@ -220,6 +223,85 @@ def test_the_advice_is_right_and_mild(seed):
             assert less >= now[key] or not fits(change | {key: less}), f"{key} went too far"
 
 
+def chosen(*overrides, ranks=8, card=A100):
+    """With nothing chosen by hand."""
+    return Plan(shipped("eurus2-7b-8xa100", *overrides), ranks, card)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_as_few_layers_are_recomputed_as_fit(seed):
+    rng = random.Random(200 + seed)
+    config = apply(drawn(rng), {"model.recompute": "auto"})
+    ranks, card = rng.choice([1, 2, 4, 8]), int(rng.choice(list(CARDS.values())) * GIB)
+    plan = Plan(config, ranks, card)
+    for role, found in plan.recompute.items():
+        assert plan.model(role).recompute == found.setting and not found.attention
+        same, fewer = (
+            Plan(apply(config, {"model.recompute": layers}), ranks, card)
+            for layers in (found.layers, max(0, found.layers - 1))
+        )
+        assert same.peaks[role] == plan.peaks[role]
+        assert found.layers == found.of or same.peaks[role] <= 0.95 * card
+        assert found.layers == 0 or fewer.peaks[role] > 0.95 * card
+
+
+def test_what_auto_is_without_a_gpu_or_a_card():
+    nothing = {"policy": (0, 28, False), "prm": (0, 28, False)}
+    assert chosen(card=None).recompute == nothing
+    assert chosen(card=None).chosen() == [
+        "model.recompute=auto recomputes layers: 0 of 28 (policy), 0 of 28 (prm), as long as the card is not known."
+    ]
+    plan = Plan(shipped("eurus2-7b-8xa100"), 8, None, on_gpu=False)
+    assert plan.recompute == nothing and not plan.chosen() and not plan.parks and plan.engine_config is plan.config
+
+
+def test_more_layers_than_the_model_has():
+    with pytest.raises(ValueError, match="model.recompute=29 is more than the 28 layers of .*qwen2.5-math-7b; give no"):
+        seven("model.recompute=29")
+
+
+@pytest.mark.parametrize("park", ["true", "false"])
+@pytest.mark.parametrize(("name", "card"), [*product(SHIPPED, ["a100-80", "h200"])])
+def test_the_engine_gets_what_is_left(name, card, park):
+    """Of the card while it is awake, but for a margin; 1% more would be too much."""
+    config, ranks, card = shipped(name, f"engine.park={park}"), SHIPPED[name][1], card_bytes(card)
+    plan = Plan(config, ranks, card)
+    given = plan.engine_config.rollout.vllm["gpu_memory_utilization"]
+    assert plan.fits and given == plan.rollout.utilization > (0.75 if park == "true" else 0.1)
+    assert f"rollout.vllm.gpu_memory_utilization is {given:g}, by the memory plan." in plan.chosen()
+    awake = ("load", "generate", "sync", "checkpoint")
+    assert max(plan.peaks[phase] for phase in awake) <= 0.95 * card
+    more = Plan(apply(config, {UTILIZATION: given + 0.01}), ranks, card)
+    assert given == 0.9 or max(more.peaks[phase] for phase in awake) > 0.95 * card
+
+
+def test_parked_states_lie_on_the_host_and_the_cache_in_their_place():
+    parked, beside = chosen(), chosen("engine.park=false")
+    assert parked.rollout.sequences > 1.8 * beside.rollout.sequences
+    for name in ("float32 weights", "AdamW moments", "gradients", "reduce bucket"):
+        for phase in ("generate", "sync", "checkpoint"):
+            assert gib(parked, phase, name) == 0 < gib(beside, phase, name)
+        assert gib(parked, "policy", name) == gib(beside, "policy", name)
+    for phase in parked.phases:
+        assert gib(parked, phase, "buffers to park in", "host") == 24  # of 21.3: a sub-group's 3.55 are pinned as 4
+    given = chosen(f"{UTILIZATION}=0.45")
+    assert not given.parks and given.fits  # it has room beside them
+    assert (tight := chosen(f"{UTILIZATION}=0.6")).parks and tight.fits
+    for reason in ("rollout.engine=hf", "rollout.vllm={gpus: [7]}", "rollout.vllm={sleep_level: 0}"):
+        assert not chosen(reason).parks
+    assert not chosen("engine.offload=cpu").parks
+
+
+def test_who_gives_the_engine_its_share_keeps_it():
+    assert chosen(f"{UTILIZATION}=0.3").engine_config.rollout.vllm == {"gpu_memory_utilization": 0.3}
+    assert chosen("rollout.vllm={kv_cache_memory_bytes: 9000000000}").engine_config.rollout.vllm.keys() == {
+        "kv_cache_memory_bytes"
+    }
+    assert chosen("rollout.vllm={gpus: [7]}").rollout.utilization == 0.9
+    awake = chosen("rollout.vllm={sleep_level: 0}")  # it would leave nothing to train in
+    assert awake.rollout.utilization == 0.5 and "gpu_memory_utilization" not in awake.engine_config.rollout.vllm
+
+
 def test_some_advice():
     """One example of each kind."""
     roomy = card_bytes("a100-80")
@@ -228,8 +310,8 @@ def test_some_advice():
     assert set(mend(seven("engine.micro_tokens=131072"))) == {"engine.micro_tokens"}
     assert set(mend(seven("rollout.engine=hf"))) == {"rollout.batch"}
     assert set(mend(seven(card=card_bytes("a100-40")))) == {"engine.offload"}
-    activations = ("model.gradient_checkpointing=false", "data.max_prompt=16384", "rollout.max_response=16384")
-    assert set(mend(seven(*activations, "engine.micro_tokens=32768"))) == {"model.gradient_checkpointing"}
+    activations = ("model.recompute=none", "data.max_prompt=16384", "rollout.max_response=16384")
+    assert set(mend(seven(*activations, "engine.micro_tokens=32768"))) == {"model.recompute"}
     assert mend(seven(card=roomy // 8)) is None
 
 

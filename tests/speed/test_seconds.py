@@ -31,7 +31,8 @@ def configured(name="eurus2-7b-8xa100", model=SEVEN, *overrides):
 
 
 def seconds(*overrides, card="a100-80", ranks=8, response=None, **changed):
-    plan = Plan(configured("eurus2-7b-8xa100", SEVEN, *overrides), ranks, card_bytes(card))
+    given = ("model.recompute=all", "engine.park=false", "rollout.vllm={gpu_memory_utilization: 0.45}")
+    plan = Plan(configured("eurus2-7b-8xa100", SEVEN, *given, *overrides), ranks, card_bytes(card))
     return Seconds(plan, replace(rates(card), **changed), response)
 
 
@@ -116,7 +117,9 @@ def test_decoding_fills_free_slots_and_counts_what_is_held():
 @pytest.mark.parametrize(
     ("change", "phase"),
     [
-        ({"model.gradient_checkpointing": False}, "policy"),
+        ({"model.recompute": "none"}, "policy"),
+        ({"model.recompute": "attention-saved"}, "policy"),
+        ({"model.recompute": 20}, "prm"),
         ({"rollout.vllm.gpu_memory_utilization": 0.8}, "generate"),
         ({"rollout.samples": 2}, "prm"),
         ({"rollout.keep": [0, 1]}, "generate"),
@@ -129,6 +132,46 @@ def test_what_saves_time_does(change, phase):
     before = seconds("rollout.max_response=15360")
     after = Seconds(Plan(apply(before.config, change), 8, before.plan.card), before.rates, before.response)
     assert after.phases.get(phase, 0.0) < before.phases[phase] and after.total < before.total
+
+
+def test_modes_of_recomputation_are_counted_in_flops():
+    """Half of the layers cost half a forward; what attention-saved spares is the attention of that forward."""
+    found = {mode: seconds(f"model.recompute={mode}", card="h200") for mode in ("none", 14, "attention-saved", "all")}
+    times = {mode: step.phases["policy"] for mode, step in found.items()}
+    assert times[14] - times["none"] == pytest.approx((times["all"] - times["none"]) / 2)
+    some = found["all"]
+    attention = some.machine("policy").forward_flops(some.rows)["attention"]
+    spared = attention / some.rates.attention / some.rates.peak / 8 / some.rates.balance
+    assert times["all"] - times["attention-saved"] == pytest.approx(spared)
+
+
+def chosen(*overrides):
+    plan = Plan(
+        configured("eurus2-7b-8xa100", SEVEN, "rollout.max_response=15360", *overrides), 8, card_bytes("a100-80")
+    )
+    return Seconds(plan, rates("a100-80"))
+
+
+def test_parking_buys_cache_for_a_transfer():
+    parked, beside = chosen(), chosen("engine.park=false")
+    moved = 2 * 2 * 12 * parked.plan.states["policy"].partition  # there and back, policy and PRM
+    assert parked.phases["sync and other"] - beside.phases["sync and other"] == pytest.approx(moved / 25e9)
+    assert parked.slots > beside.slots and parked.phases["generate"] < 0.9 * beside.phases["generate"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "advised"),
+    [
+        ({"model.recompute": "all"}, {"model.recompute"}),
+        ({"engine.park": "false"}, {"engine.park"}),
+        ({"engine.park": "false", "model.recompute": "all"}, {"engine.park"}),
+        ({"rollout.max_response": 31744, "engine.micro_tokens": 32768}, {"model.recompute"}),  # attention-saved
+    ],
+)
+def test_advice_names_what_memory_can_buy(changed, advised):
+    found = chosen(*(f"{key}={value}" for key, value in changed.items()))
+    change, saved = advice(found)
+    assert change.keys() & {"model.recompute", "engine.park"} == advised, change
 
 
 @pytest.mark.parametrize("changed", [{"rollout.vllm.enforce_eager": True}, {"engine.offload": "cpu"}])

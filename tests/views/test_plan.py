@@ -25,7 +25,9 @@ def published(monkeypatch):
     ("overrides", "units"),
     [
         ([], 1 + 4 + 3 / 4 + 4),  # the first of four policy steps needs no pass of its own for the old log-probs
-        (["model.gradient_checkpointing=false"], 1 + 3 + 3 / 4 + 3),
+        (["model.recompute=none"], 1 + 3 + 3 / 4 + 3),
+        (["model.recompute=7"], 1 + 3.25 + 3 / 4 + 3.25),
+        (["model.recompute=attention-saved"], 1 + 4 + 3 / 4 + 4),
         (["rollout.old_logprobs=recompute"], 1 + 4 + 1 + 4),
         (["policy.mini_batch=1024"], 1 + 4 + 4),  # one policy step: its own forward is the old policy
         (["rollout.old_logprobs=engine"], 1 + 4 + 4),
@@ -35,7 +37,8 @@ def published(monkeypatch):
     ],
 )
 def test_passes_per_step(overrides, units, published):
-    passes = plan.passes_per_step(published(*overrides))
+    made = Plan(published("model.recompute=all", *overrides), 8)
+    passes = plan.passes_per_step(made.config, made.recompute)
     assert sum(made.units for made in passes if made.rows == "kept responses") == units
 
 
@@ -43,17 +46,19 @@ def test_the_dry_run_says_what_fits(published, capsys):
     console = Console(width=200)
     assert plan.print_dry_run(published(), 8, console, "a100-80")
     fits = capsys.readouterr().out
-    assert "Tightest phase: checkpoint, 74.5 GiB of 79.1 GiB: fits with 4.6 GiB." in fits
-    assert "holds 83.4 sequences" in fits
+    assert "Tightest phase: load, 75.0 GiB of 79.1 GiB: fits with 4.1 GiB." in fits
+    assert "holds 202.7 sequences" in fits
+    assert "model.recompute=auto recomputes layers: 22 of 28 (policy), 22 of 28 (prm)." in fits
+    assert "rollout.vllm.gpu_memory_utilization is 0.78, by the memory plan." in fits
     assert "198.6 GiB on disk, 794.4 GiB with the newest 2 that are kept, the best and one being" in fits
     for phase in ("load", "resume", "generate", "reference", "prm step", "policy", "sync", "checkpoint"):
         assert f"│ {phase} " in fits
     assert not plan.print_dry_run(published(), 8, console, "a100-40")
-    assert "does not fit, over by 18.0 GiB" in (small := capsys.readouterr().out)
+    assert "does not fit, over by 14.2 GiB" in (small := capsys.readouterr().out)
     assert "Set engine.offload=cpu: then" in small
     assert plan.print_dry_run(published(), 8, console)
     unknown = capsys.readouterr().out
-    assert "Tightest" not in unknown and "left" not in unknown
+    assert "Tightest" not in unknown and "left" not in unknown and "0 of 28 (prm), as long as the card" in unknown
 
 
 def test_the_dry_run_predicts_seconds_of_a_card_that_it_knows(published, capsys):

@@ -1,0 +1,172 @@
+"""What trades memory or traffic for time and must not change a bit: `torchrun ... same_bits.py MODELS SCRATCH` on
+several ranks, or each check in this process."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+import prime_kernels
+from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
+from prime_fast.engine import distributed, packing, zero
+from prime_fast.engine.recompute import ATTENTION_OPS
+
+LAYERS = 3
+SHAPE = dict(
+    vocab_size=41,
+    hidden_size=64,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+)
+FAMILIES = {"llama": LlamaConfig(**SHAPE, tie_word_embeddings=True), "qwen3": Qwen3Config(**SHAPE, head_dim=16)}
+LENGTHS = ((5, 7), (9, 3), (2, 8))  # of prompts and responses; two distinct sums
+STEPS = 3
+
+
+def write_models(root: Path) -> None:
+    torch.manual_seed(0)
+    for name, config in FAMILIES.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+
+
+class Attended(TorchDispatchMode):
+    """How often attention is computed, beneath whatever checkpointing keeps of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op.name() in ATTENTION_OPS
+        return op(*args, **(kwargs or {}))
+
+
+def engine(path: Path, device: torch.device, dtype: str = "float32", recompute: str | int = "none") -> zero.Engine:
+    model = ModelConfig(policy=str(path), dtype=dtype, recompute=recompute)
+    return zero.Engine("policy", str(path), model, EngineConfig(), OptimizerConfig(lr=1e-2), device)
+
+
+def step(made: zero.Engine, seed: int) -> None:
+    """Two micro-batches of other rows on each rank, and an optimizer step."""
+    random = torch.Generator().manual_seed(100 * distributed.rank() + seed)
+    for lengths in (LENGTHS, LENGTHS[1:]):
+        prompts, responses = (
+            [torch.randint(41, (length,), generator=random) for length in side] for side in zip(*lengths, strict=True)
+        )
+        offsets = [sum(map(len, responses[:i])) for i in range(len(responses))]
+        pack = packing.pack(range(len(prompts)), prompts, responses, offsets)
+        logprob = made.run(pack, lambda h, w, bias: prime_kernels.linear_logprob(h, w, pack.targets, bias=bias))  # noqa: B023
+        made.backward(-logprob.mean())
+    assert made.step(1e-2).applied
+
+
+def bits(made: zero.Engine) -> dict[str, torch.Tensor]:
+    """The optimizer's states on this rank, and the gathered weights."""
+    optimizer, found = made.deepspeed.optimizer, {}
+    for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        found[f"float32 weights {index}"] = master.detach()
+        found |= {f"{key} {index}": optimizer.optimizer.state[master][key] for key in ("exp_avg", "exp_avg_sq")}
+    found |= dict(made.weights())
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def trained(made: zero.Engine, around: Callable[[zero.Engine], None] = lambda made: None) -> dict[str, torch.Tensor]:
+    for seed in range(STEPS):
+        step(made, seed)
+        around(made)
+    return bits(made)
+
+
+def check_recompute(path: Path, dtype: str, device: torch.device) -> None:
+    """Every mode; and each computes attention as often as it says."""
+    again, results = {"none": 0, 1: 1, "attention-saved": 0, "all": LAYERS}, {}
+    for mode, layers in again.items():
+        made = engine(path, device, dtype, mode)
+        with Attended() as attended:
+            results[mode] = trained(made)
+        calls = STEPS * 2 * 2  # two micro-batches of two lengths of row
+        assert attended.count == calls * (LAYERS + layers), (mode, attended.count)
+    for mode, result in results.items():
+        assert not (wrong := differences(results["none"], result)), f"recompute={mode}: {wrong}"
+
+
+def check_parking(path: Path, dtype: str, scratch: Path, device: torch.device) -> None:
+    """Parked around every step; saved, and loaded into, while parked."""
+    straight, parked, moves = engine(path, device, dtype), engine(path, device, dtype), Counter()
+    expected, optimizer = trained(straight), parked.deepspeed.optimizer
+
+    def places() -> list[int]:
+        return [master.data_ptr() for master in optimizer.fp32_partitioned_groups_flat]
+
+    def around(made: zero.Engine) -> None:
+        given_up = [optimizer.grad_partitions_flat_buffer, *(b.buffer for b in optimizer.ipg_buckets.values())]
+        for tensor in given_up:
+            tensor.fill_(torch.nan)  # nothing of it may be read again
+        sizes = [tensor.untyped_storage().nbytes() for tensor in given_up]
+        for _ in range(2):
+            made.park()
+            assert not any(tensor.untyped_storage().nbytes() for tensor in given_up)
+        moves[tuple(places())] += 1
+        for _ in range(2):
+            made.unpark()
+            assert [tensor.untyped_storage().nbytes() for tensor in given_up] == sizes
+        assert not set(places()) & set(*moves)
+
+    parked.park()  # before the first step there are no moments
+    parked.unpark()
+    wrong = differences(expected, trained(parked, around))
+    assert not wrong, f"parked around every step: {wrong}"
+    assert list(moves.values()) == [STEPS], "the buffers are not used again"
+
+    parked.park()
+    assert not differences(expected, bits(parked))  # weights are gathered while it is parked
+    parked.save_state(scratch)
+    loaded = engine(path, device, dtype)
+    step(loaded, 9)
+    loaded.park()
+    loaded.load_state(scratch)
+    parked.unpark()
+    for made in (straight, parked, loaded):
+        step(made, 10)
+    for made in (parked, loaded):
+        assert not (wrong := differences(bits(straight), bits(made))), f"saved while parked: {wrong}"
+
+
+def check_traffic(path: Path, device: torch.device) -> None:
+    """Reductions beside the backward, and parameters gathered ahead in buckets of any size."""
+    settings, results = zero.deepspeed_config, []
+    choices = [{}, {"overlap_comm": True}, *({"stage3_prefetch_bucket_size": size} for size in (0, 10**9))]
+    assert not settings("policy", EngineConfig(), None, torch.bfloat16)["zero_optimization"]["overlap_comm"]
+    for choice in choices:
+
+        def config(*arguments, choice=choice):
+            made = settings(*arguments)
+            return made | {"zero_optimization": made["zero_optimization"] | choice}
+
+        zero.deepspeed_config = config
+        try:
+            results.append(trained(engine(path, device, "bfloat16")))
+        finally:
+            zero.deepspeed_config = settings
+    for choice, result in zip(choices, results, strict=True):
+        assert not (wrong := differences(results[0], result)), f"{choice}: {wrong}"
+
+
+if __name__ == "__main__":
+    models, scratch = map(Path, sys.argv[1:])
+    device = zero.start()
+    check_recompute(models / "llama", "bfloat16", device)
+    check_parking(models / "qwen3", "bfloat16", scratch, device)
+    check_traffic(models / "llama", device)
+    print(distributed.world_size())
