@@ -109,8 +109,8 @@ def linear_prm_loss(
     Returns PrmLoss: loss (), differentiable in hidden, weight and bias; detached: logprob (N,), score (R,) = beta * Q.
     float32 (float64 for float64 inputs).
 
-    The gradients are computed here, as in `linear_policy_loss`. A row longer than the dlogits' buffer costs a second
-    (V, H) float32 sum; in the torch back-end, its logits twice.
+    The gradients are computed here, as in `linear_policy_loss`. A row longer than a chunk costs a second (V, H)
+    float32 sum; in the torch back-end, its logits twice.
     Errors as `linear_logprob`, and ValueError naming an empty row.
     """
     checks.head(hidden, weight, targets, bias, 1.0, softcap)

@@ -227,7 +227,8 @@ class Plan:
 
     def _training(self, states: States, recompute: Recompute) -> Iterator[Moment]:
         tokens = self.config.engine.micro_tokens
-        moments = passes.training(states.role, states.shape, tokens, self.dtype, self.on_gpu, recompute)
+        sequence = self.config.rollout.max_response if states.role == "prm" else None
+        moments = passes.training(states.role, states.shape, tokens, self.dtype, self.on_gpu, recompute, sequence)
         for name, moment in moments.items():
             yield [*self._placed(moment), *states.gathered(), *(states.reducing() if name != "head" else [])]
 

@@ -15,7 +15,7 @@ from prime_fast.engine.model import PackedLM
 from prime_fast.engine.recompute import Recompute
 from prime_fast.memory import passes
 from prime_fast.memory.shapes import shape
-from prime_kernels import linear_loss_triton
+from prime_kernels import dispatch, linear_loss_triton
 
 FAMILIES = {
     "llama": LlamaConfig,
@@ -59,6 +59,17 @@ class Made(TorchDispatchMode):
     @property
     def kept(self):
         return sum(size for (_, size), storage in self.storages.items() if not storage.expired())
+
+
+class Most(Made):
+    """The most that was kept at a time."""
+
+    most = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(op, types, args, kwargs)
+        self.most = max(self.most, self.kept)
+        return result
 
 
 def kept_bytes(model, pack):
@@ -121,3 +132,27 @@ def test_head_buffers_are_counted_from_the_op(backward, tmp_path):
     expected = logits + (dlogits + 4 * seven.head + 2 * tokens * 3584 + 4096 * 3584 * 6 if backward else 0)
     assert made == expected
     assert passes.head_buffers(planned, 8, torch.bfloat16, False, backward) >= 4 * planned.head  # a float32 weight
+
+
+def test_the_prms_op_makes_what_is_counted(tmp_path, monkeypatch):
+    """A buffer of dlogits, and for a sequence longer than a chunk a second float32 dW."""
+    _, planned = model_of("qwen2", tmp_path)
+    monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "64")
+    shape, tokens = replace(planned, hidden=64, vocabulary=3000), 300
+    counted = [passes.head_buffers(shape, tokens, torch.float32, False, True, longest) for longest in (60, 64, 65)]
+    assert counted[0] == counted[1] == counted[2] - 4 * 64 * 3000
+    counts = []
+    for lengths in ([60] * 5, [300]):
+        hidden, weight = torch.randn(tokens, 64, requires_grad=True), torch.randn(3000, 64, requires_grad=True)
+        numbers, cuts = torch.randn(tokens), torch.tensor([0, *lengths]).cumsum(0)
+        row = torch.ones(len(lengths))
+        implementation, grads = dispatch.resolve("linear_prm_loss", "cpu"), [True, True, False]
+        with torch.no_grad(), Most([hidden, weight]) as made:
+            implementation(
+                hidden, weight, None, torch.zeros(tokens, dtype=torch.int64), numbers, row, cuts, row,
+                beta=0.1, softcap=None, grads=grads,
+            )  # fmt: skip
+        counts.append(made.most)
+    for count, longest in zip(counts, (60, 300), strict=True):
+        want = passes.head_buffers(shape, tokens, torch.float32, False, True, longest)
+        assert 0.95 * want <= count <= 1.05 * want, (want, count)
