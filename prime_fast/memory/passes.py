@@ -61,15 +61,23 @@ def working(shape: Shape, width: int) -> int:
 
 
 @cache
-def head_buffers(shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, backward: bool) -> int:
-    """Bytes that prime_kernels.linear_fused.Head allocates, counted from a real one on the meta device."""
+def head_buffers(
+    shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, backward: bool, longest: int | None = None
+) -> int:
+    """Bytes that prime_kernels.linear_fused.Head allocates, counted from a real one on the meta device.
+
+    longest: tokens of a response, for prm_loss: it makes dlogits ahead, and sums those of a long one's parts apart.
+    """
     rows_type = GPURows if on_gpu else CPURows
     hidden = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
     weight = torch.empty(shape.vocabulary, shape.hidden, dtype=dtype, device="meta")
-    head = Head(rows_type, hidden, weight, None, 1.0, None, (backward, backward, False))
+    ahead = backward and longest is not None
+    head = Head(rows_type, hidden, weight, None, 1.0, None, (backward, backward, False), ahead=ahead)
+    aside = head.sums.empty_like() if ahead and longest > head.kernel.chunk_rows else ()
     given = {id(hidden), id(weight)}
-    made = {id(x): x.nbytes for x in vars(head).values() if isinstance(x, torch.Tensor) and id(x) not in given}
-    rows = min(tokens, head.kernel.chunk_rows) if backward else 0
+    tensors = [x for x in (*vars(head).values(), *head.sums, *aside) if isinstance(x, torch.Tensor)]
+    made = {id(x): x.nbytes for x in tensors if id(x) not in given}
+    rows = min(tokens, head.room) if backward else 0
     scaled = rows * shape.hidden * (4 + dtype.itemsize)  # a chunk's dX in float32, its hidden states scaled (prm_loss)
     return sum(made.values()) + scaled
 
@@ -84,13 +92,17 @@ def scoring(role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bo
 
 
 def training(
-    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, recompute: Recompute
+    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, recompute: Recompute, longest: int
 ) -> dict[str, list[Item]]:
-    """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding."""
+    """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding.
+
+    longest: tokens of a response.
+    """
     width = dtype.itemsize
     kept = Item(f"{role}: activations", tokens * saved(shape, width, recompute))
     stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
-    head = Item(f"{role}: LM-head buffers", head_buffers(shape, tokens, dtype, on_gpu, backward=True))
+    buffers = head_buffers(shape, tokens, dtype, on_gpu, backward=True, longest=longest if role == "prm" else None)
+    head = Item(f"{role}: LM-head buffers", buffers)
     # the gradients that the forward made, and backward's scaled copies of them (linear_loss.py _scaled)
     gradients = Item(f"{role}: LM-head gradients", 2 * width * (shape.head + tokens * shape.hidden))
     layer = working(shape, width)
