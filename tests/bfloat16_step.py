@@ -31,7 +31,7 @@ def step(config: Config, device: torch.device, groups: list[Group] | None = None
     def collected(phases, beside=None):
         nonlocal groups
         if groups is None:
-            groups, *rest = collect(phases)
+            groups, *rest = collect(phases, beside)
             return groups, *rest
         return as_sampled(trainer.policy, groups, config), {}, []
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -71,19 +74,33 @@ def enable(lm: PreTrainedModel, setting: str | int, path: str) -> None:
 
 def _all_but_attention(layer: Callable[..., Any], *inputs: Tensor) -> Any:
     """Raises ValueError where the layer's attention is of no op known here: all of it would be recomputed."""
-    kept = []
-
-    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op.name() not in ATTENTION_OPS:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        kept.append(op)
-        return CheckpointPolicy.MUST_SAVE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    output = checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+    kept: deque[Any] = deque()
+    output = checkpoint(layer, *inputs, use_reentrant=False, context_fn=lambda: (_Keep(kept), _Reuse(kept)))
     if torch.is_grad_enabled() and not kept:
         raise ValueError(
             "model.recompute=attention-saved finds no attention that it could keep: dropout and flash-attn before 2.7 "
             "run it as something else; set model.recompute=auto"
         )
     return output
+
+
+class _Keep(TorchDispatchMode):
+    """The forward. torch's create_selective_checkpoint_contexts wants every op again in the recomputation, in the same
+    number, and ZeRO-3 gathers parameters when it likes: here attention alone is looked at."""
+
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = op(*args, **(kwargs or {}))
+        if op.name() in ATTENTION_OPS:
+            self.kept.append(tree_map_only(Tensor, Tensor.detach, output))  # what autograd gets would hold its graph
+        return output
+
+
+class _Reuse(_Keep):
+    """The recomputation, which asks for attention in the same order."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self.kept.popleft() if op.name() in ATTENTION_OPS else op(*args, **(kwargs or {}))

@@ -62,23 +62,24 @@ def working(shape: Shape, width: int) -> int:
 
 @cache
 def head_buffers(
-    shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, backward: bool, sequence: int | None = None
+    shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, backward: bool, longest: int | None = None
 ) -> int:
     """Bytes that prime_kernels.linear_fused.Head allocates, counted from a real one on the meta device.
 
-    sequence: the longest one's tokens, in prm_loss; None in the other ops, to which sequences mean nothing.
+    longest: tokens of a response, for prm_loss: it makes dlogits ahead, and sums those of a long one's parts apart.
     """
     rows_type = GPURows if on_gpu else CPURows
     hidden = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
     weight = torch.empty(shape.vocabulary, shape.hidden, dtype=dtype, device="meta")
-    head = Head(rows_type, hidden, weight, None, 1.0, None, (backward, backward, False), ahead=sequence is not None)
+    ahead = backward and longest is not None
+    head = Head(rows_type, hidden, weight, None, 1.0, None, (backward, backward, False), ahead=ahead)
+    aside = head.sums.empty_like() if ahead and longest > head.kernel.chunk_rows else ()
     given = {id(hidden), id(weight)}
-    held = (*vars(head).values(), *head.sums)
-    made = {id(x): x.nbytes for x in held if isinstance(x, torch.Tensor) and id(x) not in given}
+    tensors = [x for x in (*vars(head).values(), *head.sums, *aside) if isinstance(x, torch.Tensor)]
+    made = {id(x): x.nbytes for x in tensors if id(x) not in given}
     rows = min(tokens, head.room) if backward else 0
-    scaled = rows * shape.hidden * (4 + dtype.itemsize)  # dX in float32, hidden states scaled (prm_loss)
-    aside = head.sums.weight.nbytes if backward and sequence and sequence > head.kernel.chunk_rows else 0
-    return sum(made.values()) + scaled + aside
+    scaled = rows * shape.hidden * (4 + dtype.itemsize)  # a chunk's dX in float32, its hidden states scaled (prm_loss)
+    return sum(made.values()) + scaled
 
 
 def scoring(role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool) -> list[list[Item]]:
@@ -86,27 +87,22 @@ def scoring(role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bo
     width = dtype.itemsize
     stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
     layer = Item(f"{role}: inside a layer", tokens * working(shape, width))
-    head = Item(f"{role}: LM-head buffers", head_buffers(shape, tokens, dtype, on_gpu, False))
+    head = Item(f"{role}: LM-head buffers", head_buffers(shape, tokens, dtype, on_gpu, backward=False))
     return [[stream, layer], [stream, head]]
 
 
 def training(
-    role: str,
-    shape: Shape,
-    tokens: int,
-    dtype: torch.dtype,
-    on_gpu: bool,
-    recompute: Recompute,
-    sequence: int | None = None,
+    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, recompute: Recompute, longest: int
 ) -> dict[str, list[Item]]:
     """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding.
 
-    sequence: tokens of the PRM's longest one, see `head_buffers`.
+    longest: tokens of a response.
     """
     width = dtype.itemsize
     kept = Item(f"{role}: activations", tokens * saved(shape, width, recompute))
     stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
-    head = Item(f"{role}: LM-head buffers", head_buffers(shape, tokens, dtype, on_gpu, True, sequence))
+    buffers = head_buffers(shape, tokens, dtype, on_gpu, backward=True, longest=longest if role == "prm" else None)
+    head = Item(f"{role}: LM-head buffers", buffers)
     # the gradients that the forward made, and backward's scaled copies of them (linear_loss.py _scaled)
     gradients = Item(f"{role}: LM-head gradients", 2 * width * (shape.head + tokens * shape.hidden))
     layer = working(shape, width)

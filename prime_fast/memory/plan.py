@@ -226,9 +226,8 @@ class Plan:
         yield states.role + STEP, [self._working(states.stepping())]
 
     def _training(self, states: States, recompute: Recompute) -> Iterator[Moment]:
-        tokens = self.config.engine.micro_tokens
-        sequence = self.config.rollout.max_response if states.role == "prm" else None
-        moments = passes.training(states.role, states.shape, tokens, self.dtype, self.on_gpu, recompute, sequence)
+        tokens, longest = self.config.engine.micro_tokens, self.config.rollout.max_response
+        moments = passes.training(states.role, states.shape, tokens, self.dtype, self.on_gpu, recompute, longest)
         for name, moment in moments.items():
             yield [*self._placed(moment), *states.gathered(), *(states.reducing() if name != "head" else [])]
 

@@ -131,6 +131,9 @@ def test_head_buffers_are_counted_from_the_op(backward, tmp_path):
     made = passes.head_buffers(seven, tokens, torch.bfloat16, True, backward)
     expected = logits + (dlogits + 4 * seven.head + 2 * tokens * 3584 + 4096 * 3584 * 6 if backward else 0)
     assert made == expected
+    long, short = (passes.head_buffers(seven, tokens, torch.bfloat16, True, backward, rows) for rows in (4097, 4096))
+    ahead = 1024 * 152064 * 2 + 1024 * 3584 * 6  # prm_loss: dlogits of 1024 rows more
+    assert short - made == (ahead if backward else 0) and long - short == (4 * seven.head if backward else 0)
     assert passes.head_buffers(planned, 8, torch.bfloat16, False, backward) >= 4 * planned.head  # a float32 weight
 
 
