@@ -95,7 +95,7 @@ class Run:
 
     def __call__(self, steps, last=False):
         for step in range(steps):
-            groups, record, fresh = self.collector.collect(lambda name: nullcontext(), last and step == steps - 1)
+            groups, record, fresh = self.collector.collect(lambda name: nullcontext(), last=last and step == steps - 1)
             self.looked_at += fresh
             self.trained += groups
             self.records.append(record)

@@ -186,10 +186,10 @@ def watched(monkeypatch):
         seen["in_work"].append(len(self.started))
         return groups, record, fresh
 
-    def watched_update(self, step, batch):
+    def watched_update(self, *arguments):
         engine = self.rollout.engine
         before = len(engine.finished)
-        result = update(self, step, batch)
+        result = update(self, *arguments)
         while engine.connection.poll(0):
             engine._note(engine._receive())
         seen["beside"].append(len(engine.finished) - before)
