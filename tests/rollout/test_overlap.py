@@ -1,6 +1,7 @@
 """Prompts of the next step that start in this one: the real Collector and Fleet on an engine of virtual time."""
 
 import random
+import sys
 from collections import Counter
 from contextlib import nullcontext
 
@@ -10,7 +11,7 @@ import torch
 from benchmarks import collection as simulation
 from prime_fast.config import RolloutConfig
 from prime_fast.engine.batch import Batch, Sample
-from prime_fast.rollout import RolloutEngine
+from prime_fast.rollout import EngineDied, RolloutEngine
 from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
 
@@ -109,6 +110,29 @@ class Run:
         return self
 
 
+class Mortal(Slots):
+    """Dies at its twentieth step, or when it gets weights, and comes back without work."""
+
+    due, calls = "", 0
+
+    def die(self, where):
+        self.calls += where == "step"
+        if where == self.due and self.calls >= 20:
+            self.due = ""
+            raise EngineDied("lost")
+
+    def step(self):
+        self.die("step")
+        return super().step()
+
+    def load_weights(self, weights):
+        self.die("load")
+        super().load_weights(weights)
+
+    def restart(self, room):
+        self.waiting, self.running, self.done = [], {}, {}
+
+
 def ids(groups):
     return [group.id for group in groups]
 
@@ -181,6 +205,20 @@ def test_a_killed_run_loses_no_group_and_looks_at_none_twice(early):
     other.fleet.wake(changed=True)
     other(1)
     assert other.looked_at[0].id == state["started"][0][0]
+
+
+@pytest.mark.parametrize("early", EARLY)
+def test_an_engine_that_is_lost_redoes_its_unfinished_groups(early, monkeypatch):
+    straight = Run(**early)(9)
+    monkeypatch.setattr(sys.modules[__name__], "Slots", Mortal)
+    run = Run(**early)
+    for step in range(9):
+        run.engine.due, run.engine.calls = ("step", "load")[step % 2], 0
+        run(1)
+        assert run.fleet.restarts == 1
+        run.fleet.settled()
+    assert ids(run.trained) == ids(straight.trained) and lengths(run.trained) == lengths(straight.trained)
+    assert max(int(batch.age.max()) for batch in run.batches) == 1
 
 
 @pytest.mark.parametrize("early", EARLY)
