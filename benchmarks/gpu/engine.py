@@ -47,7 +47,7 @@ class Bench:
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder
         self.device = torch.device(job.device, 0) if job.device == "cuda" else torch.device("cpu")
-        self.tokens = 96 if job.small else TOKENS
+        self.tokens = 48 if job.small else TOKENS
         self.start_seconds, self.starting = 0.0, False
 
     def items(self) -> Iterator[Item]:
