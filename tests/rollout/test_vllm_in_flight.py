@@ -3,9 +3,11 @@
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from engines import needs_vllm, start_engine
@@ -244,3 +246,14 @@ def test_training_with_groups_in_work(early, workspace, tmp_path, watched):
         same = [torch.equal(a.tokens, g.samples[0].tokens) for (a,), g in zip(again, groups, strict=True)]
         assert sum(same) >= len(same) - 1  # two greedy tokens may be as good as equal
     assert checkpoint.latest(tmp_path / "run").name == "step-000006"
+
+
+def test_two_ranks_go_a_step_ahead_together(workspace, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "prime_fast", "train", workspace / "config.yaml", f"run_dir={tmp_path / 'run'}", "steps=3"]
+    result = processes.run([*map(str, command), "rollout.engine=vllm", "rollout.ahead=1", *LONG])
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = read_metrics(tmp_path / "run")[1:]
+    assert [(record["skipped"], record["rows"]) for record in records] == [(0, 24)] * 3
+    assert max(record["token_age"] for record in records) > 0
+    assert max(record.get("mismatch_max", 0.0) for record in records) < 1e-3
