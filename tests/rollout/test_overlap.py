@@ -200,6 +200,10 @@ def test_a_killed_run_loses_no_group_and_looks_at_none_twice(early):
     assert ids(killed.looked_at) + ids(resumed.looked_at) == ids(straight.looked_at)
     assert [g.row for g in killed.looked_at + resumed.looked_at] == [g.row for g in straight.looked_at]
     assert resumed.batches[0].fresh.all()  # begun anew, with the weights of now
+    plain = Run()  # the setting may change: what was in work is finished as well
+    plain.collector.load_state_dict(state)
+    plain.fleet.wake(changed=True)
+    assert ids(plain(5).trained) == ids(resumed.trained)
     other = Run(**early)
     other.collector.load_state_dict(state, renewed=["data"])
     other.fleet.wake(changed=True)
