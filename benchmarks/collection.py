@@ -116,15 +116,14 @@ class Now(Collector):
 class Before(Now):
     max_age, pass_rate = 1 << 30, 1.0
 
-    def collect(self, phases: Callable, beside=None):
-        groups, record, fresh = super().collect(phases)
+    def collect(self, phases: Callable, *beside, **options):
+        groups, record, fresh = super().collect(phases, *beside, **options)
         self.pass_rate = record.get("groups_kept", self.pass_rate)
         return groups, record, fresh
 
-    def _wanted(self, missing: int, looked_at: int, passed: int, started: int) -> int:
+    def _wanted(self, missing: int, looked_at: int, passed: int, limit: int, surplus: float) -> int:
         rate, wanted = (8 * self.pass_rate + passed) / (8 + looked_at), 0
-        room = self.config.max_rounds * self.config.prompts - started
-        while wanted < room and rate * (started - looked_at + wanted) < missing:
+        while wanted < limit - self.drawn and rate * (self.drawn - self.turn + wanted) < missing:
             wanted += 1
         return wanted
 

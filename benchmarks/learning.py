@@ -34,10 +34,15 @@ from prime_fast.metrics import read_metrics
 from prime_fast.views.report import RUN_COLORS, STYLE, phase_seconds, series
 
 ARMS = {"prime": "PRIME, online PRM", "rloo": "RLOO, outcome only", "frozen": "PRIME, frozen PRM"}
+# of vLLM, asked for by name: does it cost learning that the engine works beside the trainer, or carries groups over?
+ARMS |= {"vllm": "PRIME, vLLM", "ahead": "PRIME, vLLM one step ahead", "carry": "PRIME, vLLM, groups carried"}
+DEFAULT_ARMS = ("prime", "rloo", "frozen")
 # "offline" trains the frozen arm's PRM on rollouts of a policy that stays what SFT made it, for as many steps as the
 # online PRM gets, so that the arms differ in whose rollouts a PRM learns from, not in how many
 OFFLINE = ["policy.lr=0", "rollout.max_rounds=1", "log.eval_every=0", "log.checkpoint_every=0"]
 OVERRIDES = {"prime": [], "rloo": ["prime.process_weight=0"], "offline": OFFLINE, "frozen": ["prime.update=none"]}
+VLLM = ["rollout.engine=vllm"]
+OVERRIDES |= {"vllm": VLLM, "ahead": [*VLLM, "rollout.ahead=1"], "carry": [*VLLM, "rollout.carry=true"]}
 OFFLINE_SEED = 1000  # added to the seed: the frozen PRM must not have seen the very rollouts that it will score
 LEVELS = (0.5, 0.7, 0.8)  # accuracies whose price in rollouts is reported
 LEARNING = {"rollout", "reward", "prime", "policy", "prm"}  # what a finished run must have in common with a call
@@ -260,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.learning", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of every arm (default: the config's)")
     parser.add_argument("--sft-per-seed", action="store_true", help="an SFT model for each seed, not one for all")

@@ -94,6 +94,10 @@ class RolloutConfig(Section):
     # weight updates that a group left over may have seen. 1: what one step leaves opens the next one; more is left only
     # after the pass rate has jumped
     max_age: NotNegative = 1
+    # start the next step's prompts behind this step's: what is unfinished sleeps through the update, then goes on
+    carry: bool = False
+    # the same, and the engine goes on while the trainer works, which takes rollout.vllm.gpus, or a CPU
+    ahead: Annotated[int, Number, Field(ge=0, le=1)] = 0
     # from a pass of their own | the update's own forward where that is the old policy | the engine
     old_logprobs: Literal["recompute", "update", "engine"] = "update"
     importance_cap: Rate = 2.0  # weight of a token: min(trainer / engine probability, cap); 0 = 1; unused with "engine"
@@ -243,6 +247,18 @@ class Config(Section):
         if low > high:
             raise ValueError(f"rollout.keep={[low, high]} must satisfy 0 <= low <= high <= 1")
         _check_keep(self)
+        for key in ("carry", "ahead"):
+            value = f"rollout.{key}={getattr(self.rollout, key)!s}".lower()
+            if getattr(self.rollout, key) and self.rollout.engine != "vllm":
+                raise ValueError(
+                    f"{value} needs an engine that keeps unfinished responses while its weights change, which "
+                    f"{self.rollout.engine} does not; set rollout.engine=vllm, or leave rollout.{key} out"
+                )
+            if getattr(self.rollout, key) and not self.rollout.max_age:
+                raise ValueError(
+                    f"{value} trains on responses that an older policy began, which rollout.max_age=0 forbids; set "
+                    f"rollout.max_age=1, or leave rollout.{key} out"
+                )
         if self.rollout.top_p < 1 and self.rollout.old_logprobs == "engine":
             raise ValueError(
                 f"rollout.top_p={self.rollout.top_p:g} makes the engine's log-probs those of the most probable tokens "

@@ -227,16 +227,17 @@ def _mismatch(
 ) -> dict[str, float]:
     """Engine against trainer on the first mini-batch, whose forward is the policy that the engine sampled from.
 
-    KL(engine || trainer) per token, mean ratio, largest |log ratio|, all over fresh rows (the surplus of earlier steps
-    was sampled by an older policy); and the share of the tokens of all its rows that importance_cap cuts.
+    KL(engine || trainer) per token, mean ratio, largest |log ratio|, all over fresh tokens (others were sampled by an
+    older policy, which mismatch_kl_AGE tells of); and the share of all tokens that importance_cap cuts.
     """
     used = _tokens_of(rows, batch, engine)
-    fresh = used & batch.fresh.repeat_interleave(batch.cu_seqlens.diff()).to(engine.device)
-    log_ratio = own - sampled
-    cut = float((log_ratio[used].exp() > cap).float().mean()) if cap else 0.0
-    log_ratio = log_ratio[fresh]
+    log_ratio, age = (own - sampled)[used], batch.age.to(engine.device)[used]
+    kl = {int(a): float(kl_estimate(log_ratio[age == a]).mean()) for a in age.unique()}
+    cut = float((log_ratio.exp() > cap).float().mean()) if cap else 0.0
+    told = {f"mismatch_kl_{a}": value for a, value in kl.items() if a} | {"importance_cut": cut}
+    log_ratio = log_ratio[age == 0]
     if not len(log_ratio):
-        return {"importance_cut": cut}
+        return told
     difference = float((log_ratio - log_ratio.clamp(math.log(top_p), 0)).abs().mean())
     if difference > AGREEMENT[engine.dtype]:
         raise Stop(
@@ -245,11 +246,10 @@ def _mismatch(
             "does not compute what the trainer computes, so the policy was not updated"
         )
     return {
-        "mismatch_kl": float(kl_estimate(log_ratio).mean()),
+        "mismatch_kl": kl[0],
         "mismatch_ratio": float(log_ratio.exp().mean()),
         "mismatch_max": float(log_ratio.abs().max()),
-        "importance_cut": cut,
-    }
+    } | told
 
 
 def _tokens_of(rows: list[int], batch: Batch, engine: Engine) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -47,6 +48,11 @@ def load_inputs(config: Config) -> Inputs:
         raise ValueError(
             f"data.max_prompt + rollout.max_response = {asked} tokens, but {config.model.policy} has room for {room}; "
             "lower one of them"
+        )
+    if config.rollout.ahead and torch.cuda.is_available() and "gpus" not in config.rollout.vllm:
+        raise ValueError(
+            f"rollout.ahead={config.rollout.ahead} needs engines that work beside the trainer, and here they share its "
+            "GPUs; name GPUs of their own in rollout.vllm.gpus, or set rollout.carry=true instead"
         )
     tokenizer = load_tokenizer(config.model.policy)
     ends = eos_ids(config.model.policy, tokenizer)
@@ -114,7 +120,7 @@ def self_check(
     Raises ValueError naming what disagrees and by how much. Every rank does the same work.
     """
     temperature = config.rollout.temperature
-    rows = [inputs.train[i] for i in range(min(CHECK_PROMPTS * len(rollout.leaders), len(inputs.train)))]
+    rows = [inputs.train[i] for i in range(min(CHECK_PROMPTS * rollout.engines, len(inputs.train)))]
     tokens = min(CHECK_TOKENS, config.rollout.max_response)
     prompts = [tuple(row["prompt_ids"]) for row in rows]
     samples = rollout.generate([Request(i, prompt, [i], tokens, temperature) for i, prompt in enumerate(prompts)])

@@ -113,7 +113,7 @@ class Trainer:
         self.record, self.moved = {"step": step}, set()
         stream = self._stream(step, config.rollout.prompts, waves=True) if self.overlaps else None
         try:
-            groups, record, fresh = self.collector.collect(phases, stream)
+            groups, record, fresh = self.collector.collect(phases, stream, last=step == config.steps)
         finally:
             self.moved |= {"prm"} if stream and stream.moved else set()
         if distributed.rank() == 0:

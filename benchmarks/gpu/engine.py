@@ -1,4 +1,4 @@
-"""Stage 5: the vLLM engine as the trainer drives it: agreement, weight sync, sleep, and what follows a kill."""
+"""Stage 5: the vLLM engine as the trainer drives it: agreement, weight sync, sleep, what it carries over, a kill."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ class Bench:
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder
         self.device = torch.device(job.device, 0) if job.device == "cuda" else torch.device("cpu")
-        self.tokens = 12 if job.small else TOKENS
+        self.tokens = 48 if job.small else TOKENS
         self.start_seconds, self.starting = 0.0, False
 
     def items(self) -> Iterator[Item]:
         yield Item("agreement", 150, self.agreement)
         yield Item("sync", 60, self.sync)
         yield Item("sleep", 60, self.sleep)
+        yield Item("carried", 60, self.carried)
         yield Item("killed", 150, self.killed)
 
     @cached_property
@@ -162,6 +163,25 @@ class Bench:
         woke = time.perf_counter() - began
         found = {"awake_gib": before, "asleep_gib": asleep, "sleep_seconds": slept, "wake_and_sync_seconds": woke}
         return found | self.compare() | {"awake_again_gib": used_gib()}
+
+    def carried(self) -> dict:
+        """Asleep in the middle of responses, and given weights: these go on, and have their log-probs."""
+        first, *rest = self.requests()
+        self.fleet.submit([first._replace(max_tokens=self.tokens // 8), *rest])
+        results: dict[int, list] = {}
+        while not results:
+            results |= dict(self.fleet.step())
+        self.fleet.sleep()
+        self.fleet.version += 1
+        began = time.perf_counter()
+        self.fleet.wake(changed=True)
+        woke = time.perf_counter() - began
+        while len(results) < len(self.prompts):
+            results |= dict(self.fleet.step())
+        carried = sum(len(sample.runs) > 1 for samples in results.values() for sample in samples)
+        if not carried:
+            raise RuntimeError("no response was unfinished when the engine slept, so this shows nothing")
+        return {"carried": carried, "wake_and_sync_seconds": woke} | self.judged(results)
 
     def killed(self) -> dict:
         """At work, beside a trainer that holds memory: the engine comes back, redoes its work and is right."""

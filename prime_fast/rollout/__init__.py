@@ -37,8 +37,11 @@ class EngineDied(EngineError):
 class RolloutEngine:
     """What the trainer asks of an engine. Groups are submitted, `step` works on them, and each comes back when done."""
 
+    batch = 256  # sequences that it decodes at a time
+    ended = 0  # finished sequences of unfinished groups
     concurrent = False  # whether it goes on working between two steps
     forgets = False  # whether its weights are gone after a sleep
+    version = 0  # of the weights that `load_weights` brings next; see Sample.runs
 
     def submit(self, request: Request) -> None:
         raise NotImplementedError
@@ -49,7 +52,8 @@ class RolloutEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over (name, full tensor) pairs; every parameter must come. A tensor is valid until the next is asked
-        for. Raises EngineError naming the tensor that is missing or arrived changed."""
+        for. Raises EngineError naming the tensor that is missing or arrived changed. What a concurrent engine has in
+        work stops, and goes on with them."""
         raise NotImplementedError
 
     def sleep(self) -> None:

@@ -13,6 +13,7 @@ import math
 from statistics import NormalDist
 
 SURPLUS = 0.04  # groups that may be expected to be left over, as a share of a step's
+EARLY_SURPLUS = 0.005  # of those started a step early, which would be too old for another one
 CERTAINTY = 2.0  # more are started once it would take that many standard deviations of luck to do without
 MEMORY = 0.5  # what a group of the last step counts in the estimate of the pass rate; before, the square of it, ...
 NORMAL = NormalDist()

@@ -6,7 +6,6 @@ Every method is called by every rank at the same point, for gathering ZeRO-3 wei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from prime_fast.engine import distributed
 from prime_fast.engine.batch import Sample
 from prime_fast.progress import say
 from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, release_cached
+from prime_fast.rollout.binding import Binding
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 RESERVE_BYTES = 4 << 30  # of a GPU, for what a new engine takes beyond its share and for gathering weights
@@ -23,17 +23,17 @@ RESERVE_BYTES = 4 << 30  # of a GPU, for what a new engine takes beyond its shar
 class Fleet:
     """engine: this rank's own, or None where another rank's serves it too. weights: a fresh pass over the policy's.
 
-    An engine that dies is restarted, gets the weights and redoes its unfinished groups: once, until the next step has
-    been made (`settled`). A second death raises EngineError on every rank.
+    An engine that dies is restarted, gets the weights and redoes its unfinished groups from their start: once, until
+    the next step has been made (`settled`). A second death raises EngineError on every rank.
 
     version: how many steps have changed the policy's weights; whoever changes them counts.
     """
 
     def __init__(self, engine: RolloutEngine | None, weights: Weights) -> None:
         self.engine, self.weights = engine, weights
-        led = distributed.gather_lists([engine is not None])
-        self.leaders = [rank for rank, leads in enumerate(led) if leads]
-        if not self.leaders:
+        batches = enumerate(distributed.gather_lists([engine and engine.batch]))
+        self.binding = Binding({rank: batch for rank, batch in batches if batch})
+        if not self.binding.load:
             raise ValueError("no rank has a rollout engine; give rollout.vllm.gpus at least tensor_parallel_size GPUs")
         self.forgets = any(distributed.gather_lists([engine is not None and engine.forgets]))
         self.pending: dict[int, Request] = {}  # this rank's unfinished groups
@@ -44,24 +44,49 @@ class Fleet:
     def concurrent(self) -> bool:
         return self.engine is None or self.engine.concurrent
 
-    def mine(self, key: int) -> bool:
-        return self.leaders[key % len(self.leaders)] == distributed.rank()
+    @property
+    def engines(self) -> int:
+        return len(self.binding.load)
 
     def submit(self, requests: list[Request]) -> None:
-        """Start groups of this rank (`mine`). A rank may have none, but calls."""
-        self.pending |= {request.key: request for request in requests}
-        self._together(lambda: [self.engine.submit(request) for request in requests])
+        """Have groups generated, by whichever engine has room first. Every rank gives the same ones."""
+        self.binding.add(requests)
+        self.bind()
+
+    def bind(self, everything: bool = False) -> None:
+        """Hand waiting groups to the engines that have room; everything: to all, for nobody will look after them."""
+        bound = list(self.binding.take(everything))
+        if not bound:  # on no rank
+            return
+        mine = [request for rank, request in bound if rank == distributed.rank()]
+        self.pending |= {request.key: request for request in mine}
+
+        def submit() -> None:
+            for request in mine:
+                self.engine.submit(request)
+
+        self._together(submit)
 
     def step(self) -> list[tuple[int, list[Sample]]]:
-        """Groups of this rank that have finished since the last call."""
-        done = self._together(lambda: self.engine.step() if self.pending else []) or []
+        """Groups of this rank's engine that have finished since the last call; others take their place."""
+        done: list[tuple[int, list[Sample]]] = []
+
+        def work() -> list[tuple[int, list[int], int]]:
+            if not self.pending:
+                return []
+            done.extend(self.engine.step())
+            return [(distributed.rank(), [key for key, _ in done], self.engine.ended)]
+
+        for rank, keys, ended in self._together(work):
+            self.binding.finished(rank, keys, ended)
         for key, _ in done:
             del self.pending[key]
+        self.bind()
         return done
 
     def generate(self, requests: list[Request]) -> dict[int, list[Sample]]:
         """All requests' samples by key, on every rank; every rank gives the same requests."""
-        self.submit([request for request in requests if self.mine(request.key)])
+        self.submit(requests)
         results: dict[int, list[Sample]] = {}
         while len(results) < len(requests):
             results |= dict(distributed.gather_lists(self.step()))
@@ -102,24 +127,27 @@ class Fleet:
         weights = self.weights()
         try:
             if self.engine is not None:
+                self.engine.version = self.version
                 self.engine.load_weights(weights)
         finally:
             for _ in weights:  # the other ranks go on gathering
                 pass
 
-    def _together(self, action: Callable[[], Any], again: bool = False) -> Any:
+    def _together(self, action: Callable[[], list | None], again: bool = False) -> list:
         """Do it on every rank; where an engine died, bring it back with weights and work. Other errors go to all.
 
-        again: the new engine has to do it too.
+        again: the new engine has to do it too. Returns what the ranks' actions returned, in the order of the ranks.
         """
         result, own = None, None
         try:
             result = action()
         except EngineError as error:
             own = error
-        errors = distributed.gather_lists([] if own is None else [own])
+        everywhere = distributed.gather_lists([(result or [], own)])
+        results = [item for part, _ in everywhere for item in part]
+        errors = [error for _, error in everywhere if error is not None]
         if not errors:
-            return result
+            return results
         fatal = [error for error in errors if not isinstance(error, EngineDied)]
         if fatal or self.restarts:
             raise own or EngineError(str((fatal or errors)[0]))
@@ -127,20 +155,20 @@ class Fleet:
         if distributed.rank() == 0:
             say(f"{errors[0]}; restarting it")
         died = own is not None
-        del own, errors, fatal  # their tracebacks hold the buckets of a sync
+        del own, errors, fatal, everywhere  # their tracebacks hold the buckets of a sync
         self._together(release_cached)
         room = min(distributed.gather_lists([_room()]))
         self._together(lambda: died and self.engine.restart(room))
         self._together(self._push if died else self._follow)
         self._together(release_cached)
-        if not self.asleep:
-            self._together(lambda: died and self._take_up())
+        self._together(lambda: died and self._take_up())
         if again:
             self._together(lambda: died and action())
-        return result
+        return results
 
     def _take_up(self) -> None:
-        self.engine.ready()
+        if not self.asleep:
+            self.engine.ready()
         for request in self.pending.values():
             self.engine.submit(request)
 

@@ -78,6 +78,10 @@ class EngineProcess(RolloutEngine):
         self.start(settings)
 
     @property
+    def batch(self) -> int:
+        return self.settings["batch"]
+
+    @property
     def forgets(self) -> bool:
         return self.settings["sleep_level"] == 2
 
@@ -134,7 +138,7 @@ class EngineProcess(RolloutEngine):
             "dtype": dtype,
             "longest": config.data.max_prompt + config.rollout.max_response,
             "batch": config.rollout.batch,
-            "sleep_level": sleep_level,
+            "sleep_level": 0 if config.rollout.ahead else sleep_level,  # it works while the trainer does
             "options": options,
         }
         return cls(settings, device, gpus=gpus, source=source, bucket_bytes=bucket_bytes)
@@ -152,6 +156,7 @@ class EngineProcess(RolloutEngine):
         self.finalizer = weakref.finalize(self, _end, self.process, self.connection)
         self.heard, self.loads = time.monotonic(), 0
         self.working: set[int] = set()
+        self.ended = 0
         self.finished: list[tuple[int, list[Sample]]] = []
         self._send(settings)
         self._answer(self.deadlines.start, "starting")
@@ -205,7 +210,7 @@ class EngineProcess(RolloutEngine):
                 landed()
             return self._call("end_load")
 
-        self._call("begin_load")
+        self._call("begin_load", self.version)
         transfer(weights, cycle(flats), load, finish)
         self.loads += 1
 
@@ -231,8 +236,8 @@ class EngineProcess(RolloutEngine):
             self._send(("load_bytes", entries))
             self._send(memoryview(flat.numpy())[: entries[-1].start + entries[-1].size])
 
-    def _call(self, verb: str) -> Any:
-        self._send((verb,))
+    def _call(self, verb: str, *arguments: Any) -> Any:
+        self._send((verb, *arguments))
         return self._answer(self.deadlines.request, verb)
 
     def _send(self, message: Any) -> None:
@@ -272,7 +277,7 @@ class EngineProcess(RolloutEngine):
         return message
 
     def _note(self, message: tuple) -> None:
-        _, loads, groups = message
+        _, loads, groups, self.ended = message
         if loads != self.loads:
             raise EngineError(f"the rollout engine generates with weights {loads}, the trainer sent it {self.loads}")
         self.finished += [(key, [unpack(sample) for sample in samples]) for key, samples in groups]

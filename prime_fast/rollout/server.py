@@ -1,20 +1,23 @@
 """The far end of `process.EngineProcess`: `python -m prime_fast.rollout.server FD PARENT`; FD is the socket.
 
 Requests are tuples (verb, *arguments), answered by ("ok", result) in their order, but for "submit", which has no
-answer: while groups are in work ("done", loads, groups) comes whenever some finish, and at least every second as a sign
-of life; `loads` counts the weights taken so far. An exception is reported as ("error", is it a ValueError, text), and
-ends the process.
+answer: while groups are in work ("done", loads, groups, ended) comes whenever some finish, and at least every second as
+a sign of life; `loads` counts the weights taken so far, `ended` the finished sequences of unfinished groups. An
+exception is reported as ("error", is it a ValueError, text), and ends the process. Whether anyone listens now does not
+matter: a trainer at work does not, and the engine goes on.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
@@ -30,20 +33,33 @@ def main() -> None:
     if os.getppid() != parent:
         return
     os.dup2(2, 1)  # stdout belongs to the trainer
+    outbox: queue.Queue = queue.Queue()
+    threading.Thread(target=deliver, args=(connection, outbox), daemon=True).start()
     try:
-        serve(connection)
+        serve(connection, outbox.put)
     except (EOFError, ConnectionError):
         os._exit(0)  # nothing here is to be saved, and vLLM takes seconds to take itself apart
     except Exception as error:
-        connection.send(("error", isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
+        outbox.put(("error", isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
+        outbox.join()
         raise
 
 
-def serve(connection: Connection) -> None:
+def deliver(connection: Connection, outbox: queue.Queue) -> None:
+    """Send what is put there, in order, however long the trainer does not listen."""
+    try:
+        while True:
+            connection.send(outbox.get())
+            outbox.task_done()
+    except ConnectionError:
+        os._exit(0)
+
+
+def serve(connection: Connection, send: Callable[[tuple], None]) -> None:
     from prime_fast.rollout.vllm import VLLMEngine
 
     engine = VLLMEngine(**connection.recv())
-    connection.send(("ok", None))
+    send(("ok", None))
     loads, last = 0, time.monotonic()
     while True:
         while connection.poll(0 if engine.busy else None):
@@ -56,21 +72,22 @@ def serve(connection: Connection) -> None:
             result = getattr(engine, verb)(*arguments)
             loads += verb == "end_load"
             if verb != "submit":
-                connection.send(("ok", result))
+                send(("ok", result))
         done, now = engine.step(), time.monotonic()
         if done or now - last > BEAT_SECONDS:
-            connection.send(("done", loads, [(key, [pack(sample) for sample in samples]) for key, samples in done]))
+            packed = [(key, [pack(sample) for sample in samples]) for key, samples in done]
+            send(("done", loads, packed, engine.ended))
             last = now
 
 
-def pack(sample: Sample) -> tuple[Any, Any, bool]:
-    """As arrays, for a tensor would travel as a file descriptor of shared memory."""
-    return sample.tokens.numpy(), sample.logprob.numpy(), sample.truncated
+def pack(sample: Sample) -> tuple:
+    """With arrays, for a tensor would travel as a file descriptor of shared memory."""
+    return sample.tokens.numpy(), sample.logprob.numpy(), *sample[2:]
 
 
-def unpack(packed: tuple[Any, Any, bool]) -> Sample:
-    tokens, logprob, truncated = packed
-    return Sample(torch.from_numpy(tokens), torch.from_numpy(logprob), truncated)
+def unpack(packed: tuple) -> Sample:
+    tokens, logprob, *rest = packed
+    return Sample(torch.from_numpy(tokens), torch.from_numpy(logprob), *rest)
 
 
 if __name__ == "__main__":

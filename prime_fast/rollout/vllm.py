@@ -67,6 +67,9 @@ class VLLMEngine(RolloutEngine):
     vLLM changes the process it runs in (threads, signal handlers, process group), so the trainer runs this class in one
     of its own: `process.EngineProcess`.
 
+    A sleep and a weight load keep what is unfinished: it is prefilled anew, with the tokens that it has, and goes on
+    with the draws that are next. The log-probs of these tokens stay what they were sampled with.
+
     longest: tokens of a prompt and its response together. batch: sequences decoded at a time. sleep_level: vLLM's.
     options: further arguments of `vllm.LLM`, which win over the ones chosen here.
     """
@@ -113,6 +116,8 @@ class VLLMEngine(RolloutEngine):
         self.groups: dict[int, dict[int, Sample]] = {}  # unfinished: key -> finished samples
         self.sizes: dict[int, int] = {}
         self.asleep: list[str] = []  # of TAGS
+        self.version, self.loading = 0, False
+        self.runs: dict[str, list[tuple[int, int]]] = {}  # unfinished: request -> its Sample.runs so far
 
     def submit(self, request: Request) -> None:
         from vllm import SamplingParams
@@ -131,11 +136,17 @@ class VLLMEngine(RolloutEngine):
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self.engine.add_request(f"{request.key}/{k}", {"prompt_token_ids": list(request.prompt)}, sampling)
+            name = f"{request.key}/{k}"
+            self.runs[name] = [(0, self.version)]
+            self.engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, sampling)
 
     @property
     def busy(self) -> bool:
-        return bool(self.groups)
+        return bool(self.groups) and not self.asleep and not self.loading
+
+    @property
+    def ended(self) -> int:
+        return sum(map(len, self.groups.values()))
 
     def step(self) -> list[tuple[int, list[Sample]]]:
         """One token for every running sequence."""
@@ -145,18 +156,26 @@ class VLLMEngine(RolloutEngine):
                 continue
             key, k = map(int, output.request_id.split("/"))
             group = self.groups[key]
-            group[k] = self._sample(output.outputs[0])
+            group[k] = self._sample(output.outputs[0], self.runs.pop(output.request_id))
             if len(group) == self.sizes[key]:
                 done.append((key, [group[k] for k in range(len(group))]))
                 del self.groups[key], self.sizes[key]
         return done
 
-    def _sample(self, output: Any) -> Sample:
+    def _sample(self, output: Any, runs: list[tuple[int, int]]) -> Sample:
         tokens = list(output.token_ids)
-        logprob = [row[token].logprob for token, row in zip(tokens, output.logprobs, strict=True)]
-        return Sample(torch.tensor(tokens), torch.tensor(logprob, dtype=torch.float32), tokens[-1] not in self.eos)
+        logprob = torch.tensor([row[token].logprob for token, row in zip(tokens, output.logprobs, strict=True)])
+        return Sample(torch.tensor(tokens), logprob.float(), tokens[-1] not in self.eos, tuple(runs))
 
-    def begin_load(self) -> None:
+    def begin_load(self, version: int) -> None:
+        """version: of the weights to come. Until they are there, nothing is generated."""
+        self.loading = True
+        self.llm.reset_prefix_cache(reset_running_requests=True)  # all of it was computed with the old weights
+        if version != self.version:
+            self.version = version
+            for state in self.engine.output_processor.request_states.values():
+                runs, count = self.runs[state.external_req_id], state.detokenizer.num_output_tokens()
+                self.runs[state.external_req_id] = [*(run for run in runs if run[0] < count), (count, version)]
         self.llm.collective_rpc("begin_load")
 
     def load_bucket(self, entries: list[Entry], flat: Any) -> None:
@@ -165,13 +184,13 @@ class VLLMEngine(RolloutEngine):
 
     def end_load(self) -> Report:
         reports = self.llm.collective_rpc("end_load")
-        self.llm.reset_prefix_cache()  # it was computed with the old weights
+        self.loading = False
         return reports[0]._replace(missing=sorted({name for report in reports for name in report.missing}))
 
     def sleep(self) -> None:
         if self.sleep_level and "weights" not in self.asleep:
             self.ready()  # vLLM 0.25 ignores sleep while a part is still asleep
-            self.llm.sleep(level=self.sleep_level)
+            self.llm.sleep(level=self.sleep_level, mode="keep")
             self.asleep = list(TAGS)
 
     def wake(self) -> None:

@@ -116,7 +116,7 @@ def test_engine(tmp_path):
     items = run(engine, tmp_path)
     assert items["agreement"]["tokens_per_second"] > 0 and items["sync"]["stale_mismatch_mean"] > 1e-3
     assert items["sleep"] == {"seconds": items["sleep"]["seconds"], "skipped": "vLLM sleeps on a GPU alone"}
-    for name in ("agreement", "sync", "killed"):
+    for name in ("agreement", "sync", "carried", "killed"):
         assert items[name]["mismatch_mean"] < 1e-4
     assert items["killed"]["restart_and_work_seconds"] > 0
 

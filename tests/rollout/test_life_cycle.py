@@ -138,7 +138,7 @@ class Executor25(Memory):
 
     is_sleeping, sleeping_tags = False, frozenset()
 
-    def sleep(self, level):
+    def sleep(self, level, mode):
         if not self.is_sleeping:
             self.collective_rpc("sleep", kwargs={"level": level})
             self.sleeping_tags, self.is_sleeping = {"weights", "kv_cache"}, True
@@ -154,11 +154,15 @@ def installed_executor():
     from vllm.v1.executor.abstract import Executor
 
     class Installed(Memory):
-        sleep, wake_up, is_sleeping = Executor.sleep, Executor.wake_up, Executor.__dict__.get("is_sleeping", False)
+        wake_up, is_sleeping = Executor.wake_up, Executor.__dict__.get("is_sleeping", False)
 
         def __init__(self):
             super().__init__()
             self.sleeping_tags = set()
+
+        def sleep(self, level, mode):
+            assert mode == "keep"
+            Executor.sleep(self, level)
 
     return Installed()
 
@@ -320,12 +324,14 @@ def test_a_rank_without_work_does_not_keep_the_others_waiting(configure):
     """Its outcomes take a second; meanwhile it meets the other ranks, whose engines may need new prompts."""
     fleet = SimpleNamespace(pending={}, concurrent=True, step=list, version=0)
     collector = Collector(configure().rollout, 0, [None], fleet, SlowPool(), None)
+    collector.rows_in_work[3] = 0, {}
     sample = Sample(torch.tensor([1]), torch.tensor([-1.0]), False)
     collector.verifier.put((3, 0, (2,), (sample,)), ["text"], {})
-    ticks = []
-    while not ticks or not ticks[-1]:
-        ticks.append(collector._tick(Phases()))
-    assert len(ticks) > 3 and [group.outcomes for group in ticks[-1]] == [(1.0,)]
+    ticks = 0
+    while not collector.arrived:
+        collector._tick(Phases())
+        ticks += 1
+    assert ticks > 3 and collector.arrived[3].outcomes == (1.0,)
     collector.close()
 
 
