@@ -31,7 +31,7 @@ def test_on_two_ranks_as_well_and_neither_does_traffic(models, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = processes.run([*command, same_bits.__file__, str(models), str(tmp_path)])
     assert result.returncode == 0, result.stderr[-3000:]
-    assert [line for line in result.stdout.splitlines() if line.isdecimal()] == ["2", "2"]
+    assert result.stdout.endswith("2 ranks\n")
 
 
 def test_gradients_that_wait_for_their_step_are_not_parked(models, device):
