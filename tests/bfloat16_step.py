@@ -28,10 +28,10 @@ def step(config: Config, device: torch.device, groups: list[Group] | None = None
     trainer = Trainer(config, device, preflight.load_inputs(config))
     collect, advantage, calls = trainer.collector.collect, prime_kernels.prime_advantage, []
 
-    def collected(phases, beside=None):
+    def collected(phases, stream, last):
         nonlocal groups
         if groups is None:
-            groups, *rest = collect(phases, beside)
+            groups, *rest = collect(phases, stream, last)
             return groups, *rest
         return as_sampled(trainer.policy, groups, config), {}, []
 

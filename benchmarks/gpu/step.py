@@ -222,7 +222,7 @@ class Given:
         ]  # fmt: skip
         self.drawn = len(self.groups)
 
-    def collect(self, phases: Any, beside: Any = None) -> tuple[list, dict, list]:
+    def collect(self, phases: Any, stream: None, last: bool) -> tuple[list, dict, list]:
         return self.groups, {}, []
 
     def state_dict(self) -> dict:

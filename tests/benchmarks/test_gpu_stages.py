@@ -89,7 +89,7 @@ def test_rloo_beside_it(tmp_path, capsys, device):
     step.main(spec)
     case, parked = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
     assert parked["parking"].keys() == {"claimed_gib", "park_seconds", "unpark_seconds"}
-    assert max(case["seconds"]["reference"], case["seconds"]["prm"]) < 1e-3 and case["seconds"]["policy"] > 1e-3
+    assert not {"reference", "prm"} & case["seconds"].keys() and case["seconds"]["policy"] > 1e-3
     assert case["mfu_of_phases"].keys() == {"policy"}
 
 
