@@ -167,6 +167,7 @@ class SftConfig(OptimizerConfig):
 
 class EngineConfig(Section):
     micro_tokens: Positive = 16384  # token budget of a packed micro-batch on one rank
+    sequence_parallel: Positive = 1  # consecutive ranks that hold a micro-batch together: a row may fill all of them
     offload: Literal["none", "cpu", "disk"] = "none"  # where parameters and optimizer states rest; disk: in $TMPDIR
     overlap_comm: bool = False  # reduce gradients beside the backward, on a stream of its own
     park: bool = True  # optimizer states wait in host memory while a vLLM on the same GPU decodes
@@ -238,9 +239,10 @@ class Config(Section):
         if self.prime.reference == "policy" and self.policy.kl_coef > 0:
             raise ValueError("policy.kl_coef needs a frozen reference; set prime.reference=sft, or policy.kl_coef=0")
         longest = self.data.max_prompt + self.rollout.max_response
-        if self.engine.micro_tokens < longest:
+        held = self.engine.micro_tokens * self.engine.sequence_parallel
+        if held < longest:
             raise ValueError(
-                f"engine.micro_tokens={self.engine.micro_tokens} cannot hold one row of data.max_prompt + "
+                f"engine.micro_tokens * engine.sequence_parallel = {held} cannot hold one row of data.max_prompt + "
                 f"rollout.max_response = {longest} tokens; raise engine.micro_tokens"
             )
         low, high = self.rollout.keep

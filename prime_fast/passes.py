@@ -21,7 +21,7 @@ from prime_fast.engine.zero import Engine, StepResult
 from prime_fast.progress import Tick, progress
 
 T = TypeVar("T")
-MiniBatch = list[list[list[int]]]  # [micro-batch][rank] -> rows of the batch
+MiniBatch = list[list[list[int]]]  # [micro-batch][rank, or group of engine.sequence_parallel] -> rows of the batch
 # largest mean |difference| of two computations of the same log-probs, nats; bfloat16 forwards differ by rounding: 0.02
 # from float32, and less from one another, where log-probs spread by 1.3 nats (tests/test_bfloat16.py)
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -55,11 +55,12 @@ def split(
     shuffle: torch.Generator | None = None,
     *,
     attention: float = 0.0,
+    sequence_parallel: int = 1,
 ) -> list[MiniBatch]:
     """Cut the rows into optimizer steps of about `mini_batch` rows, nearly equal in size, and plan each one's packs.
 
     Equal parts, because a small rest would make a noisy step of the same size as the others. Without `shuffle` a part
-    is made of whole groups, in their order. attention: of the model, see packing.work.
+    is made of whole groups, in their order. attention: of the model, see packing.work; sequence_parallel: packing.plan.
 
     A step of few rows, as a policy that knows nearly all leaves them, is a step like others: at a learning rate scaled
     by its share, or kept waiting for more rows, the quickstart's task was learnt more slowly, and no more steadily.
@@ -70,10 +71,10 @@ def split(
         parts = [[row for group in part for row in group] for part in even(_runs(groups), count / mini_batch)]
     else:
         parts = even(torch.randperm(count, generator=shuffle).tolist(), count / mini_batch)
-    lengths = batch.lengths
+    lengths, ranks = batch.lengths, distributed.world_size()
     minis = []
     for rows in parts:
-        micros = packing.plan([lengths[row] for row in rows], micro_tokens, distributed.world_size(), attention)
+        micros = packing.plan([lengths[row] for row in rows], micro_tokens, ranks, attention, sequence_parallel)
         minis.append([[[rows[i] for i in share] for share in ranks] for ranks in micros])
     return minis
 
@@ -120,7 +121,7 @@ def train_prm_pack(
     ref_logprob (T,), outcome (R,) and row_weight (R,) are of the whole batch; the result is of the pack.
     """
     op = _on(
-        partial(prime_kernels.linear_prm_loss, beta=beta, row_weight=pack.select_rows(row_weight)),
+        partial(engine.sequence_group.linear_prm_loss, beta=beta, row_weight=pack.select_rows(row_weight)),
         pack.targets,
         pack.select(ref_logprob),
         pack.select_rows(outcome),
@@ -196,8 +197,8 @@ def train_policy(
             total += result.loss.detach()
             if index == 0:
                 pack.put(own, result.logprob)
-            if pack.rows:
-                tokens = total.new_tensor(len(pack.token_index))
+            if pack.answers:
+                tokens = total.new_tensor(pack.answers)
                 kl = tokens * 0 if reference is None else kl_estimate(reference - result.logprob).sum()
                 means = result.clip_fraction * tokens, result.approx_kl * tokens
                 here += torch.stack([result.entropy.sum(), *means, kl, tokens])
@@ -269,15 +270,15 @@ def _told(
 
 
 def _packs(batch: Batch, mini: MiniBatch, engine: Engine, tick: Tick) -> Iterator[Pack]:
-    for ranks in mini:
-        yield pack_here(batch, ranks, engine.device)
+    for rows in mini:
+        yield pack_here(batch, rows, engine)
         tick()
 
 
-def pack_here(batch: Batch, ranks: list[list[int]], device: torch.device) -> Pack:
-    """This rank's pack of a micro-batch, whose rows are given for every rank."""
+def pack_here(batch: Batch, rows: list[list[int]], engine: Engine) -> Pack:
+    """This rank's pack of a micro-batch, or share of one; rows: of every rank, or group of engine.sequence_parallel."""
     offsets = batch.cu_seqlens.tolist()
-    return packing.pack(ranks[distributed.rank()], batch.prompts, batch.responses, offsets).to(device)
+    return engine.sequence_group.pack(rows, batch.prompts, batch.responses, offsets).to(engine.device)
 
 
 def _on(op: Callable, *arguments: Tensor | None) -> Callable:

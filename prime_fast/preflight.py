@@ -16,7 +16,7 @@ from prime_fast import identity, passes
 from prime_fast.config import Config
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config, stop_ids
 from prime_fast.data.rows import MAX_KINDS, Rows, load_rows
-from prime_fast.engine import distributed, packing
+from prime_fast.engine import distributed, packing, ulysses
 from prime_fast.engine.batch import Batch, Group
 from prime_fast.engine.model import longest_row
 from prime_fast.engine.zero import Engine
@@ -54,6 +54,7 @@ def load_inputs(config: Config) -> Inputs:
             f"rollout.ahead={config.rollout.ahead} needs engines that work beside the trainer, and here they share its "
             "GPUs; name GPUs of their own in rollout.vllm.gpus, or set rollout.carry=true instead"
         )
+    ulysses.check(config, distributed.world_size())
     tokenizer = load_tokenizer(config.model.policy)
     ends = eos_ids(config.model.policy, tokenizer)
     stops = stop_ids(config.rollout.stop, tokenizer, model.vocab_size)
@@ -125,9 +126,10 @@ def self_check(
     prompts = [tuple(row["prompt_ids"]) for row in rows]
     samples = rollout.generate([Request(i, prompt, [i], tokens, temperature) for i, prompt in enumerate(prompts)])
     batch = Batch.of([Group(i, i, prompt, tuple(samples[i]), (0.0,)) for i, prompt in enumerate(prompts)])
-    everywhere = distributed.world_size()
-    together = [[share * everywhere for share in packing.plan(batch.lengths, config.engine.micro_tokens)]]
-    one_by_one = [[[[i]] * everywhere for i in range(len(rows))]]
+    size, groups = policy.sequence_group.size, policy.sequence_group.count
+    micros = packing.plan(batch.lengths, config.engine.micro_tokens, size, sequence_parallel=size)
+    together = [[share * groups for share in micros]]
+    one_by_one = [[[[i]] * groups for i in range(len(rows))]]
     packed = _score_replicated(policy, batch, together, temperature)
     single = _score_replicated(policy, batch, one_by_one, temperature)
     bound = passes.AGREEMENT[policy.dtype]
@@ -150,8 +152,8 @@ def check_every_parameter_trains(engine: Engine, name: str) -> None:
 
 
 def _score_replicated(engine: Engine, batch: Batch, minis: list[passes.MiniBatch], temperature: float) -> Tensor:
-    """passes.score where every rank was given all rows: the sum over ranks counts each `world size` times."""
-    return passes.score(engine, batch, minis, temperature) / distributed.world_size()
+    """passes.score where every sequence group was given all rows: the sum over ranks counts each once a group."""
+    return passes.score(engine, batch, minis, temperature) / engine.sequence_group.count
 
 
 def _compare(what: str, left: Tensor, right: Tensor, bound: float) -> None:

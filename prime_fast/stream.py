@@ -153,11 +153,11 @@ class Stream:
         if self.waiting:
             batch = Batch.of(self.waiting)
             tokens, rows = int(batch.cu_seqlens[-1]), len(batch.responses)
-            ranks = distributed.world_size()
+            ranks, engine = distributed.world_size(), self.engine
             zeros = partial(torch.zeros, device=self.engine.device)
             wave = Wave(
                 batch,
-                packing.plan(batch.lengths, what.micro_tokens, ranks, self.engine.attention),
+                packing.plan(batch.lengths, what.micro_tokens, ranks, engine.attention, engine.sequence_group.size),
                 {temperature: zeros(tokens) for temperature in what.temperatures},
                 zeros(tokens),
                 zeros(rows),
@@ -177,22 +177,21 @@ class Stream:
             self.mini_rows.popleft()
 
     def _refer(self, wave: Wave, micro: list[list[int]]) -> None:
-        pack = passes.pack_here(wave.batch, micro, self.what.reference.device)
+        pack = passes.pack_here(wave.batch, micro, self.what.reference)
         passes.score_pack(self.what.reference, pack, wave.ref_logprob)
 
     def _score(self, wave: Wave, micro: list[list[int]]) -> None:
-        pack = passes.pack_here(wave.batch, micro, self.what.prm.device)
+        pack = passes.pack_here(wave.batch, micro, self.what.prm)
         passes.score_pack(self.what.prm, pack, {1.0: wave.logprob})
 
     def _train(self, wave: Wave, micro: list[list[int]], row_weight: Tensor) -> None:
         prm = self.what.prm
-        pack = passes.pack_here(wave.batch, micro, prm.device)
+        pack = passes.pack_here(wave.batch, micro, prm)
         outcome, ref_logprob = wave.batch.outcome.to(prm.device), wave.ref_logprob[1.0]
         result = passes.train_prm_pack(prm, pack, ref_logprob, outcome, beta=self.what.beta, row_weight=row_weight)
         self.loss += result.loss.detach()
         pack.put(wave.logprob, result.logprob)
-        if pack.rows:
-            wave.score[list(pack.rows)] = result.score
+        pack.put_rows(wave.score, result.score)
 
     def _step(self, share: float) -> None:
         """share: of the mini-batch's rows that have come."""

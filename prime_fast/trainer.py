@@ -149,9 +149,9 @@ class Trainer:
         config, phases = self.config, self.phases
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         budget, attention = config.engine.micro_tokens, self.policy.attention
+        work = {"attention": attention, "sequence_parallel": config.engine.sequence_parallel}
         epochs = [
-            passes.split(batch, config.policy.mini_batch, budget, shuffle, attention=attention)
-            for _ in range(config.policy.epochs)
+            passes.split(batch, config.policy.mini_batch, budget, shuffle, **work) for _ in range(config.policy.epochs)
         ]
         efficiency = passes.efficiency(batch, epochs[0], attention)
         self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}

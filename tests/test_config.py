@@ -62,6 +62,7 @@ MISTAKES = {
     "prime.update=none": "set model.prm to a trained PRM",
     "rollout.keep=[0.8, 0.2]": "must satisfy 0 <= low <= high <= 1",
     "engine.micro_tokens=100": "raise engine.micro_tokens",
+    "engine.sequence_parallel=0": "engine.sequence_parallel=0: input should be greater than 0",
     "policy.lr": "not of the form key=value",
     "run_dir.x=1": "run_dir is a value, not a section",
     "seed=-1": "seed=-1: input should be greater than or equal to 0",

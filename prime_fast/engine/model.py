@@ -102,7 +102,8 @@ def packed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row of a pack: query (1, heads, T, d), key and value (1, kv_heads, T, d) ->
-    (1, T, heads, d). transformers' attention interface; the row boundaries arrive through the model's kwargs.
+    (1, T, heads, d). transformers' attention interface; the row boundaries arrive through the model's kwargs. T are
+    this rank's tokens, of those that layout.group holds.
 
     Raises ValueError for a model that does not pass them on, or whose attention does more (softcap, sinks, biases).
     """
@@ -111,11 +112,14 @@ def packed_attention(
     if layout is None or asked or not getattr(module, "is_causal", True):
         what = f"asks for {', '.join(asked)}" if asked else "is not causal" if layout else "takes no row boundaries"
         raise ValueError(f"this model is not supported: its {type(module).__name__} {what}; choose another model")
+    attend = _by_length
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         attend = _torch_varlen if flash_attn() is None else _flash_attn
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return attend(query, key, value, scaling, dropout, sliding_window, layout)[None], None
-    return _by_length(query[0], key[0], value[0], scaling, dropout, sliding_window, layout)[None], None
+    parts = tuple(tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, d)
+    if layout.group is None:
+        return attend(*parts, scaling, dropout, sliding_window, layout)[None], None
+    output = attend(*layout.group.by_heads(*parts), scaling, dropout, sliding_window, layout)
+    return layout.group.by_tokens(output)[None], None
 
 
 @cache
@@ -159,6 +163,7 @@ def _torch_varlen(q, k, v, scaling, dropout, window, layout):
 
 def _by_length(q, k, v, scaling, dropout, window, layout):
     """Exact on any device: one scaled_dot_product_attention per distinct row length."""
+    q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))  # (heads, T, d)
     groups = q.shape[0] // k.shape[0]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)

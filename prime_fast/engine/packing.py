@@ -6,18 +6,25 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from prime_fast.engine.ulysses import SequenceGroup
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Row boundaries of a pack, as attention needs them: rows sorted by length, runs of equal rows precomputed."""
+    """Row boundaries of a pack, as attention needs them: rows sorted by length, runs of equal rows precomputed; and the
+    ranks that hold its tokens."""
 
     cu_seqlens: Tensor  # (R+1,) int32
     max_length: int
     runs: tuple[tuple[int, int, int], ...]  # (first token, rows, row length): consecutive rows of one length
+    group: SequenceGroup | None = None  # whose ranks have an equal share of the tokens each; None: all are here
 
     def to(self, device: torch.device | str) -> Layout:
         return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
@@ -25,10 +32,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch: whole rows end to end. T input tokens, N response tokens, R rows.
+    """One micro-batch: whole rows end to end, or a rank's share of that (`share`). T input tokens, N response tokens,
+    R rows.
 
     The last token of a row predicts nothing, so it is not fed. A filler pack (`rows` empty) holds one token of one row
-    and keeps a rank without work in step with the others: `select` gives it zeros, so every weight is zero.
+    and keeps a rank without work in step with the others: `select` gives it zeros, so every weight is zero. A share
+    without response tokens has such a token too.
     """
 
     rows: tuple[int, ...]  # indices into the batch
@@ -47,9 +56,14 @@ class Pack:
         }
         return replace(self, layout=self.layout.to(device), **tensors)
 
+    @property
+    def answers(self) -> int:
+        """Response tokens that are none of a filler."""
+        return len(self.token_index)
+
     def select(self, flat: Tensor) -> Tensor:
         """The pack's share (N,) of per-response-token values (T_batch,)."""
-        return flat[self.token_index] if self.rows else flat.new_zeros(1)
+        return flat[self.token_index] if self.answers else flat.new_zeros(1)
 
     def select_rows(self, per_row: Tensor) -> Tensor:
         """The pack's share (R,) of per-row values."""
@@ -57,22 +71,31 @@ class Pack:
 
     def put(self, flat: Tensor, values: Tensor) -> None:
         """Write the pack's per-response-token values (N,) to their places in `flat`."""
-        if self.rows:
+        if self.answers:
             flat[self.token_index] = values
 
+    def put_rows(self, per_row: Tensor, values: Tensor) -> None:
+        """Write the pack's per-row values (R,) to their places in `per_row`, on one of the ranks that hold it."""
+        if self.rows and (self.layout.group is None or self.layout.group.index == 0):
+            per_row[list(self.rows)] = values
 
-def plan(lengths: Sequence[int], budget: int, ranks: int = 1, attention: float = 0.0) -> list[list[list[int]]]:
-    """Assign rows to micro-batches of at most `budget` tokens, as many on every rank: plan[micro][rank] = row indices.
+
+def plan(
+    lengths: Sequence[int], budget: int, ranks: int = 1, attention: float = 0.0, sequence_parallel: int = 1
+) -> list[list[list[int]]]:
+    """Assign rows to micro-batches of at most `budget` tokens a rank, as many on every rank: plan[micro][rank] = row
+    indices; plan[micro][group] where `sequence_parallel` consecutive ranks hold a micro-batch together.
 
     The row of most work first onto the micro-batch of least work that has room for it, which leaves all of them nearly
     equal; micro-batches of neighbouring work run at the same time on different ranks. A rank may get an empty list.
     attention: see `work`. Raises ValueError when one row alone exceeds the budget.
     """
+    budget, ranks = budget * sequence_parallel, ranks // sequence_parallel
     longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
     if longest is not None and lengths[longest] > budget:
         raise ValueError(
-            f"row {longest} has {lengths[longest]} tokens, more than engine.micro_tokens={budget}; "
-            "raise engine.micro_tokens"
+            f"row {longest} has {lengths[longest]} tokens, more than engine.micro_tokens * engine.sequence_parallel = "
+            f"{budget}; raise engine.micro_tokens"
         )
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     steps = max(1, -(-sum(lengths) // (budget * ranks)))
@@ -145,4 +168,41 @@ def pack(rows: Sequence[int], prompts: Sequence[Tensor], responses: Sequence[Ten
         targets=torch.cat([responses[row] for row in rows]),
         cu_response=torch.tensor([0, *accumulate(answered)], dtype=torch.int32),
         token_index=torch.cat([torch.arange(offsets[row], offsets[row] + len(responses[row])) for row in rows]),
+    )
+
+
+def share(pack: Pack, group: SequenceGroup) -> Pack:
+    """What one rank of the group holds of a pack: as many consecutive tokens as the others, filled up at the end with a
+    row of up to group.size - 1 tokens that predict nothing. Rows may begin or end elsewhere: `rows` and `layout` are
+    those of the whole pack, cu_response (R+1,) counts the response tokens that are here, of some rows none."""
+    tokens = len(pack.input_ids)
+    length = -(-tokens // group.size)
+    missing = length * group.size - tokens
+    first = group.index * length
+    part = slice(first, first + length)
+    layout = replace(pack.layout, group=group)
+    if missing:
+        layout = replace(
+            layout,
+            cu_seqlens=F.pad(layout.cu_seqlens, (0, 1), value=tokens + missing),
+            max_length=max(layout.max_length, missing),
+            runs=(*layout.runs, (tokens, 1, missing)),
+        )
+    pack = replace(
+        pack,
+        input_ids=F.pad(pack.input_ids, (0, missing))[part],
+        position_ids=torch.cat([pack.position_ids, torch.arange(missing)])[part],
+        layout=layout,
+    )
+    if not pack.rows:
+        return pack
+    here = (pack.predict >= first) & (pack.predict < part.stop)
+    count = F.pad(here.cumsum(0), (1, 0))  # of response tokens before each
+    predict, targets = pack.predict[here] - first, pack.targets[here]
+    return replace(
+        pack,
+        predict=predict if len(predict) else predict.new_zeros(1),
+        targets=targets if len(targets) else targets.new_zeros(1),
+        cu_response=count[pack.cu_response.long()].int(),
+        token_index=pack.token_index[here],
     )

@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
-from prime_fast.engine import distributed, layers, recompute
+from prime_fast.engine import distributed, layers, recompute, ulysses
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.parking import Parking
@@ -77,6 +77,7 @@ class Engine:
         self.role, self.device = role, device
         self.trains = optimizer is not None
         self.dtype = training_dtype(model, device)
+        self.sequence_group = ulysses.sequence_group(engine.sequence_parallel)
         settings = deepspeed_config(role, engine, optimizer, self.dtype)
         with progress(f"loading the {role} model", at_once=True):
             self._load(path, model, optimizer, settings)

@@ -59,6 +59,11 @@ def apply(config: Config, change: Change) -> Config:
     return Config.model_validate(tree)
 
 
+def row_share(config: Config) -> int:
+    """Tokens of a row that one rank has to hold."""
+    return -(-(config.data.max_prompt + config.rollout.max_response) // config.engine.sequence_parallel)
+
+
 def _mildest(plan: Plan, change: Change, key: str, values: Sequence[Any]) -> Any:
     """The first with which it fits; with those after it it does too, and with the last it is known to."""
     return values[bisect_left(values, True, hi=len(values) - 1, key=lambda value: _fits(plan, change | {key: value}))]
@@ -76,8 +81,8 @@ def _settings(plan: Plan) -> dict[str, Sequence[Any]]:
         settings["rollout.batch"] = _halves(config.rollout.batch, config.rollout.samples)
     elif not plan.rollout.apart and not plan.sizes_engine:
         settings[UTILIZATION] = _utilizations(plan)
-    longest, now = config.data.max_prompt + config.rollout.max_response, config.engine.micro_tokens
-    settings["engine.micro_tokens"] = range((now - 1) // GRAIN * GRAIN, longest - 1, -GRAIN)
+    now, least = config.engine.micro_tokens, row_share(config)
+    settings["engine.micro_tokens"] = range((now - 1) // GRAIN * GRAIN, least - 1, -GRAIN)
     if config.model.recompute not in ("auto", "all"):
         settings["model.recompute"] = ["auto"]
     if config.engine.offload == "none":

@@ -189,8 +189,9 @@ class Plan:
     def _checking(self) -> Iterator[Moment]:
         """The self-check with the rollout engine awake, before the first step."""
         rows = CHECK_PROMPTS * -(-self.ranks // self.rollout.shards)
-        tokens = min(rows * (self.config.data.max_prompt + CHECK_TOKENS), self.config.engine.micro_tokens)
-        for moment in self._scoring(self.states["policy"], tokens):
+        engine = self.config.engine
+        tokens = -(-rows * (self.config.data.max_prompt + CHECK_TOKENS) // engine.sequence_parallel)
+        for moment in self._scoring(self.states["policy"], min(tokens, engine.micro_tokens)):
             yield self._beside_engine([*self.rollout.ready(), *moment], fresh=True)
 
     def _room(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from prime_fast.memory.advice import UTILIZATION, apply
+from prime_fast.memory.advice import UTILIZATION, apply, row_share
 from prime_fast.memory.plan import Plan, models
 from prime_fast.memory.shapes import shape
 from prime_fast.speed import rollouts
@@ -68,7 +68,8 @@ class Seconds:
         config, plan = self.config, self.plan
         offload = config.engine.offload != "none"
         path = models(config).get(role, config.model.policy)
-        return Machine(shape(path), self.rates, plan.ranks, NODE, plan.dtype.itemsize, offload)
+        parallel = config.engine.sequence_parallel
+        return Machine(shape(path), self.rates, plan.ranks, NODE, plan.dtype.itemsize, offload, parallel)
 
     def micro_batches(self, rows: Rows) -> float:
         """Of each rank, for one run over the rows: packs are nearly full."""
@@ -154,9 +155,9 @@ def _changes(seconds: Seconds) -> list[dict[str, Any]]:
         changes.append({"rollout.vllm.enforce_eager": False})
     if seconds.slots == rollout.batch and rollout.batch < 1024:
         changes.append({"rollout.batch": 2 * rollout.batch})
-    tokens, longest = config.engine.micro_tokens, config.data.max_prompt + rollout.max_response
+    tokens = config.engine.micro_tokens
     if any(found.layers for found in seconds.plan.recompute.values()):
-        smaller = [tokens >> i for i in range(1, tokens.bit_length()) if tokens >> i >= longest]
+        smaller = [tokens >> i for i in range(1, tokens.bit_length()) if tokens >> i >= row_share(config)]
         sizes = [{}, *({MICRO: size} for size in smaller)]
         now = config.model.recompute
         modes = [{"model.recompute": mode} for mode in ("auto", "attention-saved") if mode != now]

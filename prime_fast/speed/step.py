@@ -88,6 +88,7 @@ class Machine:
     node: int = 8  # ranks that share fast links
     width: int = 2  # bytes a parameter in the forward, and a gradient on its way
     offload: bool = False  # parameters and optimizer states rest in host memory
+    sequence_parallel: int = 1  # ranks that hold a micro-batch together
     fused_layers: bool = False
 
     @property
@@ -125,6 +126,14 @@ class Machine:
         seconds = moves * whole * (self.ranks - 1) / self.ranks / (link * rates.collective)
         return seconds + (moves * whole / self.ranks / rates.pcie if self.offload else 0.0)
 
+    def exchange(self, rows: Rows) -> float:
+        """Seconds in which a forward's queries, keys, values and attention outputs change ranks; attention waits."""
+        shape, size, rates = self.shape, self.sequence_parallel, self.rates
+        heads = 2 * shape.heads + 2 * max(shape.kv_heads, size)
+        leaving = shape.layers * heads * shape.head_size * self.width * (size - 1) / size
+        link = rates.link if size <= self.node else rates.network
+        return rows.tokens * leaving / self.ranks / rates.balance / (link * rates.collective)
+
     def pass_seconds(
         self, rows: Rows, units: float, micro_batches: float, trains: bool, passes: float = 1.0, kept: float = 0.0
     ) -> float:
@@ -134,7 +143,9 @@ class Machine:
         computing = self.computing(rows, units, passes * HEAD[trains], kept)
         floor = units * micro_batches * self.shape.layers * rates.layer
         computing, traffic = max(computing, floor), passes * micro_batches * self.traffic(trains)
-        return max(computing, traffic) + rates.exposed * min(computing, traffic)
+        exchanges = units - passes if trains else units  # a backward is one, as its forward
+        waiting = exchanges * self.exchange(rows)
+        return max(computing, traffic) + rates.exposed * min(computing, traffic) + waiting
 
     def optimizer_step(self) -> float:
         share, rates = self.shape.count / self.ranks, self.rates

@@ -18,7 +18,7 @@ from prime_fast import identity
 from prime_fast.config import Config
 from prime_fast.data.models import load_tokenizer
 from prime_fast.data.rows import PromptSampler, Rows, load_demonstrations
-from prime_fast.engine import checkpoint, distributed, packing
+from prime_fast.engine import checkpoint, distributed, packing, ulysses
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine
 from prime_fast.identity import Identity
@@ -43,6 +43,7 @@ class Inputs:
 
 def load_inputs(config: Config) -> Inputs:
     """Tokenizer and rows. Raises ValueError in one sentence."""
+    ulysses.check(config, distributed.world_size())
     tokenizer = load_tokenizer(config.model.policy)
     options = {
         "max_tokens": config.data.max_prompt + config.rollout.max_response,
@@ -169,7 +170,7 @@ def response_nll(engine: Engine, prompts: Sequence[Tensor], responses: Sequence[
     nll = torch.zeros((), dtype=torch.float64, device=engine.device)
     for pack in _packs("evaluating", engine, prompts, responses, micro_tokens):
         op = partial(_logprob, targets=pack.targets)
-        nll -= engine.run(pack, op)[: len(pack.token_index)].double().sum()
+        nll -= engine.run(pack, op)[: pack.answers].double().sum()
     return float(distributed.sum_(nll)) / sum(map(len, responses))
 
 
@@ -179,10 +180,11 @@ def _packs(
     """This rank's share of all ranks' rows."""
     offsets = [0, *accumulate(map(len, responses))]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
-    micros = packing.plan(lengths, micro_tokens, distributed.world_size(), engine.attention)
+    group = engine.sequence_group
+    micros = packing.plan(lengths, micro_tokens, distributed.world_size(), engine.attention, group.size)
     with progress(what, len(micros), "micro-batches") as tick:
-        for ranks in micros:
-            yield packing.pack(ranks[distributed.rank()], prompts, responses, offsets).to(engine.device)
+        for rows in micros:
+            yield group.pack(rows, prompts, responses, offsets).to(engine.device)
             tick()
 
 

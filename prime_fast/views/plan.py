@@ -7,6 +7,7 @@ from rich.table import Table
 
 from prime_fast.config import Config
 from prime_fast.data.models import model_config
+from prime_fast.engine import ulysses
 from prime_fast.memory.advice import apply, card_bytes, mend
 from prime_fast.memory.items import GIB, total
 from prime_fast.memory.plan import Plan, models
@@ -30,6 +31,7 @@ def print_dry_run(
 
     response: mean tokens of a response. rates: a file or folder of measured rates, see speed.rates.measured.
     """
+    ulysses.check(config, ranks)
     plan = Plan(config, ranks, card_bytes(gpu) if gpu else None)
     found = measured(gpu, rates) if gpu and known(gpu) else None
     seconds = Seconds(plan, found[0], response) if found else None
@@ -37,10 +39,11 @@ def print_dry_run(
     console.print(_phases_table(plan))
     console.print(_items_table(plan))
     console.print(_passes_table(plan))
-    r = config.rollout
+    r, parallel = config.rollout, config.engine.sequence_parallel
     console.print(
         f"{r.prompts} prompts x {r.samples} samples, up to {config.data.max_prompt} + {r.max_response} tokens each; "
-        f"micro-batches of {config.engine.micro_tokens} tokens per GPU; {config.steps} steps.\n"
+        f"micro-batches of {config.engine.micro_tokens} tokens per GPU"
+        f"{f', each shared by {parallel} GPUs' if parallel > 1 else ''}; {config.steps} steps.\n"
         f"A checkpoint takes {_gib(plan.checkpoint_bytes)} on disk, {_gib(plan.kept_bytes)} with the newest "
         f"{config.log.keep} that are kept{', the best' if config.evaluates else ''} and one being written."
     )

@@ -224,7 +224,7 @@ def test_the_attention_kernels_of_a_gpu_are_asked_for_what_the_cpu_computes(kern
     monkeypatch.setattr(engine_model, "flash_attn", lambda: kernel)
     attend = engine_model._flash_attn if kernel is flash_attn_2 else engine_model._torch_varlen
     got = attend(q, k, v, 0.3, 0.0, window, layout)
-    expected = engine_model._by_length(*(tensor.transpose(0, 1) for tensor in (q, k, v)), 0.3, 0.0, window, layout)
+    expected = engine_model._by_length(q, k, v, 0.3, 0.0, window, layout)
     torch.testing.assert_close(got.float(), expected, rtol=1e-5, atol=1e-6)
     assert {"scale", "window_size"} <= set(real.parameters)  # of the torch that is installed
 

@@ -1,17 +1,20 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_fast.engine.packing import efficiency, pack, plan, work
+from prime_fast.engine.packing import efficiency, pack, plan, share, work
 
 lengths_strategy = st.lists(st.integers(1, 60), min_size=0, max_size=80)
 
 
-@given(lengths_strategy, st.integers(60, 300), st.integers(1, 5), st.sampled_from([0.0, 1e-3, 1.0]))
+@given(lengths_strategy, st.integers(60, 300), st.integers(1, 5), st.sampled_from([0.0, 1e-3, 1.0]), st.integers(1, 4))
 @settings(deadline=None)
-def test_plan_places_every_row_once_within_the_budget(lengths, budget, ranks, attention):
-    micros = plan(lengths, budget, ranks, attention)
+def test_plan_places_every_row_once_within_the_budget(lengths, budget, ranks, attention, together):
+    micros = plan(lengths, -(-budget // together), ranks * together, attention, together)
+    budget = -(-budget // together) * together
     rows = [row for micro in micros for share in micro for row in share]
     assert sorted(rows) == list(range(len(lengths)))
     assert all(len(micro) == ranks for micro in micros)
@@ -47,8 +50,11 @@ def test_a_rank_without_rows_gets_an_empty_share():
 
 
 def test_a_row_over_the_budget_is_named():
-    with pytest.raises(ValueError, match=r"row 1 has 11 tokens.*engine\.micro_tokens=10"):
+    with pytest.raises(
+        ValueError, match=r"row 1 has 11 tokens.*engine\.micro_tokens \* engine\.sequence_parallel = 10"
+    ):
         plan([3, 11], 10, 2)
+    assert plan([3, 11], 6, 2, sequence_parallel=2) == [[[1]], [[0]]]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12), st.randoms())
@@ -96,3 +102,54 @@ def test_a_filler_weighs_nothing():
     flat = torch.ones(5)
     filler.put(flat, torch.zeros(1))
     assert flat.tolist() == [1.0] * 5
+
+
+def rows(draw, shapes):
+    prompts, responses = (
+        [torch.randint(1, 99, (n,), generator=draw) for n in part] for part in zip(*shapes, strict=True)
+    )
+    return prompts, responses, [0, *torch.tensor([r for _, r in shapes]).cumsum(0).tolist()]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6),
+    st.integers(1, 8),
+    st.integers(0, 1 << 32),
+)
+@settings(deadline=None)
+def test_the_shares_of_a_pack_are_the_pack(shapes, size, seed):
+    """Every token on one rank, with its position, target and place in the batch; a row's response tokens counted."""
+    whole = pack(range(len(shapes)), *rows(torch.Generator().manual_seed(seed), shapes))
+    shares = [share(whole, SimpleNamespace(size=size, index=index)) for index in range(size)]
+    tokens, length = len(whole.input_ids), len(shares[0].input_ids)
+    missing = size * length - tokens
+    assert {len(part.input_ids) for part in shares} == {length} and 0 <= missing < size
+    for name, rest in (("input_ids", [0] * missing), ("position_ids", list(range(missing)))):
+        assert sum([getattr(part, name).tolist() for part in shares], []) == getattr(whole, name).tolist() + rest
+    layout = shares[0].layout
+    assert layout.cu_seqlens.tolist() == whole.layout.cu_seqlens.tolist() + [size * length] * (missing > 0)
+    assert sum(n * rows for _, rows, n in layout.runs) == size * length
+    assert layout.max_length == int(layout.cu_seqlens.diff().max())
+    real = [(index, part) for index, part in enumerate(shares) if part.answers]
+    for name, first in (("predict", length), ("targets", 0), ("token_index", 0)):
+        assert sum([(getattr(p, name) + i * first).tolist() for i, p in real], []) == getattr(whole, name).tolist()
+    assert sum(part.cu_response.diff() for part in shares).tolist() == whole.cu_response.diff().tolist()
+    values = torch.arange(1.0, 1 + len(whole.targets))
+    for part in shares:
+        assert len(part.select(values)) == len(part.predict) == len(part.targets) == max(1, part.answers)
+        assert part.cu_response[-1] == part.answers
+    scores = [torch.zeros(len(shapes)) for _ in shares]
+    for part, found in zip(shares, scores, strict=True):
+        part.put_rows(found, torch.ones(len(part.rows)))
+    assert sum(scores).tolist() == [1.0] * len(shapes)
+
+
+def test_the_shares_of_a_filler_weigh_nothing():
+    shares = [share(pack([], [], [], [0]), SimpleNamespace(size=3, index=index)) for index in range(3)]
+    for part in shares:
+        assert part.select(torch.ones(5)).tolist() == part.select_rows(torch.ones(5)).tolist() == [0.0]
+        assert len(part.input_ids) == len(part.predict) == 1 and part.layout.cu_seqlens[-1] == 3
+        flat = torch.ones(5)
+        part.put(flat, torch.zeros(1))
+        part.put_rows(flat, torch.zeros(1))
+        assert flat.tolist() == [1.0] * 5

@@ -18,6 +18,7 @@ SHIPPED = {  # config: (shape, ranks)
     "qwen2.5-1.5b-1xa100": ("qwen2.5-1.5b", 1),
 }
 A100 = card_bytes("a100-80")
+SHARED = "engine.sequence_parallel=4"
 
 
 def shipped(name, *overrides):
@@ -153,6 +154,16 @@ def test_without_a_card_vllm_takes_what_its_batch_needs():
 def test_a_lone_rank_gathers_nothing_unless_it_offloads():
     assert gib(seven(ranks=1), "policy", "gathered parameters") == gib(seven(ranks=1), "sync", "for export") == 0
     assert gib(seven("engine.offload=cpu", ranks=1), "policy", "gathered parameters") == pytest.approx(1.86, rel=0.01)
+
+
+def test_ranks_that_share_packs_hold_longer_rows_in_the_same_memory():
+    row = ("data.max_prompt=1024", "rollout.max_response=64512")
+    with pytest.raises(ValueError, match="16384 cannot hold one row .* 65536 tokens"):
+        seven(*row, "engine.micro_tokens=16384")
+    short, long = seven("engine.micro_tokens=16384"), seven(*row, "engine.micro_tokens=16384", SHARED)
+    for phase, peak in short.trainer_peaks().items():
+        assert long.trainer_peaks()[phase] == peak or phase in ("load", "generate", "sync")
+    assert mend(seven(*row, "engine.micro_tokens=131072", SHARED))["engine.micro_tokens"] < 65536
 
 
 def test_powers_of_two():

@@ -186,6 +186,17 @@ def test_what_costs_time_is_advised_against(changed):
         assert change == {"rollout.vllm.enforce_eager": False}
 
 
+def test_sharing_packs_costs_what_attention_sends():
+    """Qwen2.5-7B at 16k on 8 A100: 28 layers x 2 (28 + 4) heads of 128 bfloat16 values a token leave their rank."""
+    alone = seconds("rollout.max_response=15360")
+    shared = Seconds(Plan(apply(alone.config, {"engine.sequence_parallel": 4}), 8, alone.plan.card), alone.rates)
+    sent = alone.rows.tokens / 8 / alone.rates.balance * 28 * 2 * (28 + 4) * 128 * 2 * 3 / 4
+    spent = sent / (alone.rates.link * alone.rates.collective)
+    assert shared.phases["reference"] - alone.phases["reference"] == pytest.approx(spent)
+    assert shared.phases["policy"] - alone.phases["policy"] == pytest.approx(3 * spent)  # forward, again, backward
+    assert shared.total < 1.05 * alone.total
+
+
 def test_each_card_has_every_rate_with_its_source():
     for card in CARDS:
         assert all(value > 0 for value in vars(rates(card)).values())
