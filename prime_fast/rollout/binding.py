@@ -18,6 +18,7 @@ class Binding:
     """batches: rank of an engine -> sequences that it decodes at a time."""
 
     def __init__(self, batches: Mapping[int, int]) -> None:
+        self.slots = sum(batches.values())
         self.room = {rank: batch + int(QUEUE * batch) for rank, batch in batches.items()}
         self.load = dict.fromkeys(batches, 0)  # sequences of unfinished groups
         self.ended = dict.fromkeys(batches, 0)  # those of them that are finished, as far as is known
@@ -25,8 +26,15 @@ class Binding:
         self.bound: dict[int, int] = {}  # unfinished group -> its sequences
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Longest prompts first, for these take longest; but behind the groups that were added before."""
-        self.waiting += sorted(requests, key=lambda request: (-len(request.prompt), request.key))
+        """Longest prompts first, for these take longest: among as many as are decoded at a time, and behind what was
+        added before, since whoever takes groups in their order waits for the first."""
+        part: list[Request] = []
+        for request in requests:
+            part.append(request)
+            if sum(len(other.seeds) for other in part) >= self.slots:
+                self.waiting += sorted(part, key=_longest)
+                part = []
+        self.waiting += sorted(part, key=_longest)
 
     def take(self, everything: bool = False) -> Iterator[tuple[int, Request]]:
         """(rank of its engine, request) of the groups that go to an engine now; everything: room or not.
@@ -49,3 +57,7 @@ class Binding:
         for key in keys:
             self.load[rank] -= self.bound.pop(key)
         self.ended[rank] = ended
+
+
+def _longest(request: Request) -> tuple[int, int]:
+    return -len(request.prompt), request.key

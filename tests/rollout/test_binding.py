@@ -73,14 +73,15 @@ def test_the_slowest_engine_is_closer_to_the_mean_than_by_number(longest, slots,
     assert ratios[False] < mean - 0.015 and slowest[False] < 0.98 * slowest[True]
 
 
-def test_long_prompts_go_first_behind_what_was_there_before():
+def test_long_prompts_go_first_among_those_that_fit_together():
     binding = Binding({0: 8, 1: 8})
-    binding.add([request(0, 3), request(1, 9), request(2, 9), request(3, 5)])
-    binding.add([request(4, 100)])
+    binding.add([request(0, 3), request(1, 9), request(2, 9), request(3, 5), request(4, 99), request(5, 100)])
+    binding.add([request(6, 999)])
     assert [(rank, taken.key) for rank, taken in binding.take()] == [(0, 1), (1, 2), (0, 3), (1, 0)]
     assert not list(binding.take())
     binding.finished(1, [2], 0)
-    assert [(rank, taken.key) for rank, taken in binding.take()] == [(1, 4)]
+    assert [(rank, taken.key) for rank, taken in binding.take()] == [(1, 5)]
+    assert [taken.key for taken in binding.waiting] == [4, 6]
 
 
 @given(
