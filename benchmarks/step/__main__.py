@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows += measure(arms, settings | {"case": case}, options, time.monotonic() + share)
     del settings["folder"]
     facts = machine(options.device) | {"packages": {name: installed(name) for name in PACKAGES} | library}
-    record = {"command": " ".join(arguments or sys.argv[1:]), "note": options.note, "machine": facts}
+    command = " ".join(arguments or sys.argv[1:]).replace(options.trl_python, "PYTHON")
+    record = {"command": command, "note": options.note, "machine": facts}
     record |= {"settings": settings, "comparisons": table.comparisons(rows), "rows": rows}
     out = options.out or results(options.device)
     out.mkdir(parents=True, exist_ok=True)
