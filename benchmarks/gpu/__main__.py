@@ -4,7 +4,7 @@
                              [--smollm2 MODEL_DIR --gsm8k ROWS.jsonl]
 
 Needs torch >= 2.11 with CUDA; what else is missing is said, and what it stops is left out. Builds the compiled kernels
-in the tree, then runs six stages (`--help` lists them), each in a process of its own with a limit of its own. A result
+in the tree, then runs seven stages (`--help` lists them), each in a process and with a limit of its own. A result
 is on disk as soon as it is there, in FOLDER/STAGE.json (default: benchmarks/results/<gpu>), so a call that is cut off
 keeps what it did, and the next call does the rest: what is missing, failed or was skipped, and stages whose code,
 packages or machine changed. --again repeats the chosen stages altogether. FOLDER/README.md is the table of it all.

@@ -46,6 +46,9 @@ STAGES = (  # 1 to 4 fit ten minutes together
     Stage("heads", 170, "LM-head ops beside their peers, advantages beside a copy", (*KERNELS, *PEERS)),
     Stage("step", 220, "a trainer step in bfloat16: PRIME and RLOO", (*KERNELS, "prime_fast")),
     Stage("engine", 600, "the vLLM engine: agreement, memory, weight sync, recovery", (*KERNELS, "prime_fast")),
+    Stage(
+        "whole", 600, "whole steps beside the published dataflow and TRL", (*KERNELS, "prime_fast", "benchmarks/step")
+    ),
     Stage("learn", 600, "the quickstart to its last step, SmolLM2 on GSM8K", (*KERNELS, "prime_fast", "configs")),
 )
 

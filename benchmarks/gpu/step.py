@@ -36,6 +36,7 @@ VOCABULARY, TINY_VOCABULARY = 151936, 300
 ROWS = [(4096, 32), (16384, 8)]  # tokens of a row, rows of a step: 131,072 tokens either way
 TINY_ROWS = [(32, 8), (48, 8)]
 CASES = {("1.5B", "PRIME"): 75, ("0.5B", "PRIME"): 50, ("1.5B", "RLOO"): 50, ("0.5B", "RLOO"): 40}  # seconds
+LAYERS = {"hf": 25, "fused": 25}  # beside "auto", the cases' own
 PROMPT_SHARE = 16  # a row has one prompt token in so many
 K = 4  # rows a group
 PARKINGS = 3
@@ -68,6 +69,16 @@ def items(job: Job, folder: Path) -> Iterator[Item]:
         spec = {"shape": shape, "algorithm": algorithm, "folder": str(folder), "device": job.device}
         spec["rows"] = TINY_ROWS if job.small else ROWS
         yield Item(f"{shape} {algorithm}", seconds, partial(apart, job, spec))
+    for kind, seconds in LAYERS.items() if not job.small else ():
+        spec = {"shape": "0.5B", "algorithm": "RLOO", "folder": str(folder), "device": job.device}
+        spec |= {"rows": ROWS[:1], "layers": kind}
+        yield Item(f"0.5B RLOO, model.layers={kind}", seconds, partial(layered, job, spec))
+
+
+def layered(job: Job, spec: dict[str, Any]) -> dict:
+    if spec["layers"] == "fused" and installed("liger-kernel") is None:
+        raise Skipped("model.layers=fused needs liger-kernel: bring its wheel with --wheels FOLDER")
+    return apart(job, spec)
 
 
 def apart(job: Job, spec: dict[str, Any]) -> dict:
@@ -153,7 +164,7 @@ def configuration(spec: dict[str, Any], model: Path, longest: int) -> Any:
     return Config(
         run_dir=str(model.with_name(f"{spec['shape']}-{spec['algorithm']}")),
         steps=3,
-        model={"policy": str(model), "recompute": "all"},
+        model={"policy": str(model), "layers": spec.get("layers", "auto"), "recompute": "all"},
         data={"max_prompt": prompt},
         rollout={"prompts": rows // K, "samples": K, "max_response": longest - prompt, "batch": 1},
         reward={"function": "prime_fast.stages.quickstart:compute_score"},  # never called
@@ -245,7 +256,7 @@ def summary(
     seconds = under("seconds/")
     rates = {name: unit * forward / seconds[name] / 1e12 / peak for name, unit in units.items()}
     found = {
-        "case": f"{spec['shape']} {spec['algorithm']} {length}",
+        "case": f"{spec['shape']} {spec['algorithm']} {length}" + (f", {spec['layers']}" if "layers" in spec else ""),
         "shape": spec["shape"],
         "algorithm": spec["algorithm"],
         "row_tokens": length,

@@ -132,7 +132,12 @@ def listed(found: dict) -> list[str]:
     ]
 
 
-SECTIONS = {"facts": facts, "kernels": kernels, "heads": heads, "step": step, "engine": listed, "learn": listed}
+def whole(found: dict) -> list[str]:
+    return listed({name: {key: item.get(key) for key in ("step_seconds", "ratios")} for name, item in found.items()})
+
+
+SECTIONS = {"facts": facts, "kernels": kernels, "heads": heads, "step": step}
+SECTIONS |= {"engine": listed, "whole": whole, "learn": listed}
 
 
 def plain(value: Any) -> str:

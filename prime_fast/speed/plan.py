@@ -15,6 +15,7 @@ from prime_fast.speed.step import Machine, Pass, Rows, passes_per_step
 RESPONSE, PROMPT = 0.4, 0.2  # mean lengths as shares of the longest, unless told: 0.47 and 0.2 in the published run
 PASS_RATE = 0.5  # of the groups that are started
 NODE = 8
+SYNC = "sync and other"
 WORTH = 0.02  # of a step: what a setting must save to be named
 MICRO = "engine.micro_tokens"
 LOGITS = 24  # bytes a logit that sampling moves
@@ -46,11 +47,23 @@ class Seconds:
         self.phases = {"generate": self.rollout()}
         for made in passes_per_step(config, plan.recompute)[1:]:
             self.phases[made.phase] = self.phases.get(made.phase, 0.0) + self.trainer_pass(made)
-        self.phases["sync and other"] = self.sync()
+        self.phases[SYNC] = self.sync()
 
     @property
     def total(self) -> float:
-        return sum(self.phases.values())
+        return sum(self.phases.values()) - self.beside
+
+    @property
+    def beside(self) -> float:
+        """Seconds of the trainer's that pass while engines of their own decode, at best: none waits for the other."""
+        rollout, phases = self.config.rollout, self.phases
+        if not self.plan.rollout.apart:
+            return 0.0
+        if rollout.ahead:
+            trainer = sum(spent for phase, spent in phases.items() if phase not in ("generate", SYNC))
+        else:
+            trainer = sum(phases.get(phase, 0.0) for phase in ("reference", "prm")) * self.config.prime.overlap
+        return min(phases["generate"], trainer)
 
     @property
     def bottleneck(self) -> str:

@@ -162,6 +162,10 @@ def _seconds_table(seconds: Seconds) -> Table:
     table = Table("phase", "seconds", "share", title="Seconds of a step, predicted")
     for phase, spent in seconds.phases.items():
         table.add_row(phase, f"{spent:.4g}", f"{spent / seconds.total:.1%}")
+    if seconds.beside:
+        table.add_row(
+            "beside the rollouts, at best", f"-{seconds.beside:.4g}", f"-{seconds.beside / seconds.total:.1%}"
+        )
     table.add_section()
     table.add_row("step", f"{seconds.total:.4g}", "")
     return table

@@ -9,7 +9,7 @@ import time
 import processes
 import pytest
 
-from benchmarks.gpu import engine, facts, heads, job, learn, step, table
+from benchmarks.gpu import engine, facts, heads, job, learn, step, table, whole
 from benchmarks.gpu.job import Job
 
 SETTINGS = {"device": "cpu", "small": True, "made_by": {"small": True}, "build": "built for a test"}
@@ -105,6 +105,14 @@ def test_flops_of_a_forward():
     assert sum(step.flops(Shape, 32, 2).values()) == pytest.approx(by_hand)
 
 
+def test_whole_steps_beside_the_published_dataflow(tmp_path):
+    found = run(whole, tmp_path)["tiny"]
+    assert found["step_seconds"].keys() == {"uniform: ours RLOO", "uniform: published RLOO"}
+    assert found["ratios"]["uniform: published RLOO / ours RLOO"] > 0
+    table.main(tmp_path)
+    assert "published RLOO / ours RLOO" in (tmp_path / "README.md").read_text()
+
+
 def test_a_step_that_fails_is_an_error_with_its_text(tmp_path):
     spec = {"shape": "tiny", "algorithm": "RLOO", "folder": str(tmp_path), "device": "abacus", "rows": []}
     with pytest.raises(RuntimeError, match="exit code 1 after 0 cases(.|\n)*abacus"):
@@ -156,14 +164,17 @@ def test_a_bare_machine_runs_what_it_can_and_says_what_not(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(f"import sys\n{names}")
     environment = processes.environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(job.ROOT)]))
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path / "out")]
-    command += ["--stages", "kernels,step,engine,learn"]
+    command += ["--stages", "kernels,step,engine,whole,learn"]
     done = processes.run(command, cwd=job.ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    records = {name: job.read(tmp_path / f"out/{name}.json") for name in ("kernels", "step", "engine", "learn")}
+    records = {
+        name: job.read(tmp_path / f"out/{name}.json") for name in ("kernels", "step", "engine", "whole", "learn")
+    }
     outcomes = [item["outcome"] for item in records["kernels"]["items"].values()]
     assert outcomes.count("passed") > 30 and not job.left_out(records["kernels"])
     skipped = {name: item["skipped"] for name, item in records["step"]["items"].items()}
     assert skipped == {"step": "the trainer needs deepspeed, pydantic: bring wheels with --wheels FOLDER"}
+    assert records["whole"]["items"]["whole"]["skipped"] == skipped["step"]
     assert "deepspeed, pydantic" in records["learn"]["items"]["learn"]["skipped"]
     assert records["engine"]["items"]["engine"]["skipped"] == "vllm is not installed: pip install vllm==0.25.1"
     page = (tmp_path / "out/README.md").read_text()

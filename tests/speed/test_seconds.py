@@ -13,7 +13,7 @@ from prime_fast.memory.plan import Plan
 from prime_fast.memory.shapes import Shape, shape
 from prime_fast.speed import rates as tables
 from prime_fast.speed import rollouts
-from prime_fast.speed.plan import Seconds, advice
+from prime_fast.speed.plan import SYNC, Seconds, advice
 from prime_fast.speed.rates import CARDS, TABLE, measured, rates
 from prime_fast.speed.step import Machine, Rows
 
@@ -264,3 +264,18 @@ def test_a_json_of_rates_does_too(tmp_path):
     with pytest.raises(ValueError, match="holds no rate"):
         (tmp_path / "empty").mkdir()
         measured("h100", str(tmp_path / "empty"))
+
+
+def test_what_runs_beside_the_rollouts_of_engines_of_their_own_is_not_added():
+    def apart(*overrides):
+        return seconds("rollout.vllm={gpus: [8, 9, 10, 11]}", *overrides)
+
+    shared, off, on, ahead = seconds(), apart("prime.overlap=false"), apart(), apart("rollout.ahead=1")
+    assert shared.beside == off.beside == 0 and off.total == sum(off.phases.values())
+    assert on.phases == off.phases == ahead.phases
+    assert on.beside == min(on.phases["generate"], on.phases["reference"] + on.phases["prm"])
+    assert ahead.total == pytest.approx(
+        max(ahead.phases["generate"], sum(ahead.phases.values()) - ahead.phases["generate"] - ahead.phases[SYNC])
+        + ahead.phases[SYNC]
+    )
+    assert ahead.total <= on.total < off.total
