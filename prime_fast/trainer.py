@@ -158,7 +158,7 @@ class Trainer:
         temperature = config.rollout.temperature
 
         scored = stream.finish()
-        self._note_prm(scored, batch)
+        self._note_prm(step, scored, batch)
         ref_logprob, prm_logprob = scored.ref_logprob, scored.logprob
         if self.prm is not None and config.prime.update == "before":
             with phases("prm"):
@@ -325,9 +325,9 @@ class Trainer:
         )
         return Stream(what, self.phases, groups, config.rollout.samples, waves=waves)
 
-    def _note_prm(self, scored: Scored, batch: Batch) -> None:
+    def _note_prm(self, step: int, scored: Scored, batch: Batch) -> None:
         if scored.updates is not None:
-            self._note("prm", scored.updates, learning_rate(self.config.prm, self.record["step"], self.config.steps))
+            self._note("prm", scored.updates, learning_rate(self.config.prm, step, self.config.steps))
         if scored.score is not None and torch.isfinite(scored.score).all():
             outcome, score = batch.outcome, scored.score.cpu()
             correct, pairs = prime.pair_accuracy(score, outcome, batch.group)

@@ -77,8 +77,9 @@ def python(job: Job, module: str, *arguments: str, seconds: float | None = None)
     """Run a module to its end; with `seconds`, for as long as that, and then stopped as Ctrl-C stops it."""
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background shell has made it ignore
+    )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=seconds or max(1.0, job.left))
     except subprocess.TimeoutExpired:

@@ -81,8 +81,8 @@ def flash_attn() -> Iterator[Check]:
 
 def liger() -> Iterator[Check]:
     if importlib.util.find_spec("liger_kernel") is None:
-        yield Check("Liger", "note", "not installed: only benchmarks compare with it", "pip install liger-kernel")
-    elif error := import_error("import liger_kernel.chunked_loss"):
+        yield Check("Liger", "note", "not installed: model.layers=fused needs it", "pip install 'prime-fast[fused]'")
+    elif error := import_error("import liger_kernel.ops"):
         yield Check("Liger", "note", f"does not import: {error}", "pip install -U liger-kernel")
     else:
         yield Check("Liger", "ok", version("liger-kernel") or "version unknown")
