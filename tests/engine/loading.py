@@ -175,4 +175,6 @@ if __name__ == "__main__":
 
     models, scratch, tokenizer = map(Path, sys.argv[1:])
     check(models, scratch, zero.start(), load_tokenizer(str(tokenizer)))
-    print(distributed.world_size())
+    distributed.barrier()
+    if distributed.rank() == 0:
+        print(f"{distributed.world_size()} ranks", flush=True)

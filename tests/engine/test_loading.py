@@ -30,7 +30,7 @@ def test_on_two_ranks_as_well(models, tmp_path, workspace):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = processes.run([*command, loading.__file__, str(models), str(tmp_path), str(workspace / "model")])
     assert result.returncode == 0, result.stderr[-3000:]
-    assert [line for line in result.stdout.splitlines() if line.isdecimal()] == ["2", "2"]  # among what loading tells
+    assert result.stdout.endswith("2 ranks\n")
 
 
 @pytest.mark.parametrize("name", ["buffered", "llama3"])
