@@ -1,6 +1,7 @@
 """The reference's and the PRM's passes give the same numbers whenever they are made."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -122,6 +123,32 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
     record = trainer.step(1)
     assert record["skipped"] == 0 and record["prm_updates"] == record["prm_applied"] == 2
     assert sum(beside) > 4
+    trainer.close()
+
+
+def test_nobody_listens_while_there_is_work(configure, device, monkeypatch):
+    trainer = make_trainer(configure("rollout.prompts=12", "rollout.batch=4", "prm.mini_batch=8"), device)
+    trainer.overlaps = True
+    events, fleet, make = [], trainer.rollout, trainer._stream
+    step = fleet.step
+
+    def watched(*arguments, **options):
+        stream = make(*arguments, **options)
+        work = stream.work
+
+        def noted():
+            events.append(("work", work()))
+            return events[-1][1]
+
+        stream.work = noted
+        return stream
+
+    monkeypatch.setattr(fleet, "step", lambda: events.append(("listens", fleet.patience)) or step())
+    monkeypatch.setattr(trainer, "_stream", watched)
+    trainer.step(1)
+    pairs = [(done, seconds) for (what, done), (_, seconds) in pairwise(events) if what == "work" and _ == "listens"]
+    assert {(done, seconds > 0) for done, seconds in pairs} == {(True, False), (False, True)}
+    assert fleet.patience > 0  # an evaluation has nothing else to do
     trainer.close()
 
 

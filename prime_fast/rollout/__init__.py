@@ -34,6 +34,9 @@ class EngineDied(EngineError):
     """The engine's process ended or went silent; a new one may take over its work."""
 
 
+TICK_SECONDS = 0.2  # between two looks at what has come
+
+
 class RolloutEngine:
     """What the trainer asks of an engine. Groups are submitted, `step` works on them, and each comes back when done."""
 
@@ -41,6 +44,7 @@ class RolloutEngine:
     ended = 0  # finished sequences of unfinished groups
     concurrent = False  # whether it goes on working between two steps
     forgets = False  # whether its weights are gone after a sleep
+    patience = TICK_SECONDS  # how long a step of one that is concurrent listens when nothing finishes
     version = 0  # of the weights that `load_weights` brings next; see Sample.runs
 
     def submit(self, request: Request) -> None:

@@ -18,11 +18,9 @@ from prime_fast.prime import keep_groups
 from prime_fast.progress import progress
 from prime_fast.rewards import RewardPool
 from prime_fast.rewards.pool import Verdict
-from prime_fast.rollout import Request, demand, failures
+from prime_fast.rollout import TICK_SECONDS, Request, demand, failures
 from prime_fast.rollout.fleet import Fleet
 from prime_fast.rollout.verify import Verifier
-
-TICK_SECONDS = 0.2  # how long a rank whose engine has nothing to do waits for outcomes, before it looks at the others
 
 
 class Beside(Protocol):
@@ -78,6 +76,7 @@ class Collector:
         """`_collect`, which tells how far it is. last: no step follows whose prompts could start now."""
         with progress("rollouts", 0, "groups") as self.tick:
             result = self._collect(phases, beside, early=self.overlaps and not last)
+        self.fleet.patience = TICK_SECONDS
         if self.config.ahead:
             self.fleet.bind(everything=True)
         return result
@@ -111,8 +110,8 @@ class Collector:
                 while self.turn not in self.arrived:
                     self._tick(phases)
                     wasted += self._renew()
-                    if beside:
-                        beside.work()
+                    busy = beside is not None and beside.work()  # then there may be more to do than to wait
+                    self.fleet.patience = 0.0 if busy else TICK_SECONDS
                 group = self.arrived.pop(self.turn)
                 del self.started[self.turn]
                 self.turn += 1
@@ -237,7 +236,7 @@ class Collector:
                 index, row = self.rows_in_work[key]
                 texts = [self.tokenizer.decode(sample.tokens, skip_special_tokens=True) for sample in samples]
                 self.verifier.put((key, index, tuple(row["prompt_ids"]), tuple(samples)), texts, row)
-        patience = 0.0 if self.fleet.pending else TICK_SECONDS
+        patience = 0.0 if self.fleet.pending else self.fleet.patience
         with phases("reward"):  # engines that work by themselves, other ranks' among them, are not kept waiting
             scored = self.verifier.take(patience if self.fleet.concurrent else None)
         with phases("generate"):

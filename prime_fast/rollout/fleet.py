@@ -13,7 +13,7 @@ from torch import Tensor
 from prime_fast.engine import distributed
 from prime_fast.engine.batch import Sample
 from prime_fast.progress import say
-from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, release_cached
+from prime_fast.rollout import TICK_SECONDS, EngineDied, EngineError, Request, RolloutEngine, release_cached
 from prime_fast.rollout.binding import Binding
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -39,6 +39,7 @@ class Fleet:
         self.pending: dict[int, Request] = {}  # this rank's unfinished groups
         self.restarts, self.asleep = 0, False  # asleep: until it is ready again
         self.version = 0
+        self.patience = TICK_SECONDS  # of `step`, where nothing finishes
 
     @property
     def concurrent(self) -> bool:
@@ -74,6 +75,7 @@ class Fleet:
         def work() -> list[tuple[int, list[int], int]]:
             if not self.pending:
                 return []
+            self.engine.patience = self.patience
             done.extend(self.engine.step())
             return [(distributed.rank(), [key for key, _ in done], self.engine.ended)]
 

@@ -31,13 +31,12 @@ from torch.multiprocessing.reductions import reduce_tensor
 from prime_fast.config import Config
 from prime_fast.engine import distributed
 from prime_fast.engine.batch import Sample
-from prime_fast.rollout import EngineDied, EngineError, Request, RolloutEngine, release_cached
+from prime_fast.rollout import TICK_SECONDS, EngineDied, EngineError, Request, RolloutEngine, release_cached
 from prime_fast.rollout.server import unpack
 from prime_fast.rollout.vllm import GPU_SHARE, SLEEP_LEVEL, check_installed
 from prime_fast.rollout.weights import BUCKET_BYTES, Entry, transfer
 
 CPU_BUCKET_BYTES = 32 << 20
-TICK_SECONDS = 0.2  # how long a step listens when nothing finishes
 CLOSE_SECONDS = 5.0
 # of a process group that is not the engine's
 FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -181,7 +180,7 @@ class EngineProcess(RolloutEngine):
 
     def step(self) -> list[tuple[int, list[Sample]]]:
         """Listen until groups finish, but not long."""
-        seconds = 0.0 if self.finished else TICK_SECONDS
+        seconds = 0.0 if self.finished else self.patience
         while self.working and self.connection.poll(seconds):
             self._note(self._receive())
             seconds = 0.0

@@ -221,7 +221,9 @@ def test_a_sanitizer_is_believed_only_if_it_looked(output, code, verdict):
 
 def test_which_stages():
     numbers = lambda text: [number for number, _ in driver.chosen(text)]  # noqa: E731
-    assert numbers("1-4") == [1, 2, 3, 4] and numbers("2,heads,6") == [2, 3, 6] and numbers("step-learn") == [4, 5, 6, 7]
+    assert (
+        numbers("1-4") == [1, 2, 3, 4] and numbers("2,heads,6") == [2, 3, 6] and numbers("step-learn") == [4, 5, 6, 7]
+    )
     for text in ("0", "8", "3-9", "speed", "4-2", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="stages are 1 to 7"):
             driver.chosen(text)
