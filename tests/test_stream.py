@@ -122,7 +122,7 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
     monkeypatch.setattr(trainer, "_stream", watched)
     record = trainer.step(1)
     assert record["skipped"] == 0 and record["prm_updates"] == record["prm_applied"] == 2
-    assert sum(beside) > 4
+    assert sum(beside) > 0
     trainer.close()
 
 

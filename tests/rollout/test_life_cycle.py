@@ -322,7 +322,7 @@ class SlowPool:
 
 def test_a_rank_without_work_does_not_keep_the_others_waiting(configure):
     """Its outcomes take a second; meanwhile it meets the other ranks, whose engines may need new prompts."""
-    fleet = SimpleNamespace(pending={}, concurrent=True, step=list, version=0)
+    fleet = SimpleNamespace(pending={}, concurrent=True, step=list, version=0, patience=0.2)
     collector = Collector(configure().rollout, 0, [None], fleet, SlowPool(), None)
     collector.rows_in_work[3] = 0, {}
     sample = Sample(torch.tensor([1]), torch.tensor([-1.0]), False)
