@@ -124,11 +124,7 @@ class Trainer:
             batch = Batch.of(groups, self.rollout.version)
             self.rollout.sleep()
             self._unpark()
-            if stream is None:
-                stream = self._stream(step, len(groups))
-                for group in groups:
-                    stream.put(group)
-            failure = self._update(step, batch, stream)
+            failure = self._update(step, batch, stream or self._given(step, groups))
             self._park()
         self._count(empty=not groups, skip_reason=failure if groups else nothing)
         with phases("sync"):
@@ -324,6 +320,13 @@ class Trainer:
             mini_batch=config.prm.mini_batch,
         )
         return Stream(what, self.phases, groups, config.rollout.samples, waves=waves)
+
+    def _given(self, step: int, groups: list[Group]) -> Stream:
+        """A stream whose groups have all come: a mini-batch is packed at a time."""
+        stream = self._stream(step, len(groups))
+        for group in groups:
+            stream.put(group)
+        return stream
 
     def _note_prm(self, step: int, scored: Scored, batch: Batch) -> None:
         if scored.updates is not None:

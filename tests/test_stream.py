@@ -146,7 +146,9 @@ def test_nobody_listens_while_there_is_work(configure, device, monkeypatch):
     monkeypatch.setattr(fleet, "step", lambda: events.append(("listens", fleet.patience)) or step())
     monkeypatch.setattr(trainer, "_stream", watched)
     trainer.step(1)
-    pairs = [(done, seconds) for (what, done), (_, seconds) in pairwise(events) if what == "work" and _ == "listens"]
+    pairs = [
+        (done, seconds) for (what, done), (then, seconds) in pairwise(events) if (what, then) == ("work", "listens")
+    ]
     assert {(done, seconds > 0) for done, seconds in pairs} == {(True, False), (False, True)}
     assert fleet.patience > 0  # an evaluation has nothing else to do
     trainer.close()

@@ -207,10 +207,7 @@ def collected(trainer):
 
 def streamed(trainer, groups):
     """The reference's and the PRM's passes over these groups, a mini-batch at a time."""
-    stream = trainer._stream(1, len(groups))
-    for group in groups:
-        stream.put(group)
-    return stream.finish()
+    return trainer._given(1, groups).finish()
 
 
 def test_equal_prm_and_reference_reward_exactly_nothing(configure, device):

@@ -50,10 +50,7 @@ class Ours:
     def step(self, groups: list[Group]) -> tuple[Phases, dict[str, float]]:
         self.trainer.record = {}
         phases = self.trainer.phases = Phases()
-        stream = self.trainer._stream(STEP, len(groups))
-        for group in groups:
-            stream.put(group)
-        if failure := self.trainer._update(STEP, Batch.of(groups), stream):
+        if failure := self.trainer._update(STEP, Batch.of(groups), self.trainer._given(STEP, groups)):
             raise RuntimeError(failure)
         return phases, {key: self.trainer.record[key] for key in COMPARED if key in self.trainer.record}
 
