@@ -22,6 +22,7 @@ PROMPT, PROMPTS, SAMPLES, TOKENS = 128, 64, 4, 256
 SHARE = 0.3  # of the card that the engine may have
 TRAINER = 0.4  # of the card that a trainer is given to hold while the engine restarts
 SYNCS = 3
+TRIES = 5  # at stopping the engine amid its work: it does not wait
 
 
 def run(job: Job) -> None:
@@ -167,21 +168,22 @@ class Bench:
     def carried(self) -> dict:
         """Asleep in the middle of responses, and given weights: these go on, and have their log-probs."""
         first, *rest = self.requests()
-        self.fleet.submit([first._replace(max_tokens=self.tokens // 8), *rest])
-        results: dict[int, list] = {}
-        while not results:
-            results |= dict(self.fleet.step())
-        self.fleet.sleep()
-        self.fleet.version += 1
-        began = time.perf_counter()
-        self.fleet.wake(changed=True)
-        woke = time.perf_counter() - began
-        while len(results) < len(self.prompts):
-            results |= dict(self.fleet.step())
-        carried = sum(len(sample.runs) > 1 for samples in results.values() for sample in samples)
-        if not carried:
-            raise RuntimeError("no response was unfinished when the engine slept, so this shows nothing")
-        return {"carried": carried, "wake_and_sync_seconds": woke} | self.judged(results)
+        for _ in range(TRIES):
+            self.fleet.submit([first._replace(max_tokens=self.tokens // 8), *rest])
+            results: dict[int, list] = {}
+            while not results:
+                results |= dict(self.fleet.step())
+            self.fleet.sleep()
+            self.fleet.version += 1
+            began = time.perf_counter()
+            self.fleet.wake(changed=True)
+            woke = time.perf_counter() - began
+            while len(results) < len(self.prompts):
+                results |= dict(self.fleet.step())
+            carried = sum(len(sample.runs) > 1 for samples in results.values() for sample in samples)
+            if carried:
+                return {"carried": carried, "wake_and_sync_seconds": woke} | self.judged(results)
+        raise RuntimeError("no response was ever unfinished when the engine slept, so this shows nothing")
 
     def killed(self) -> dict:
         """At work, beside a trainer that holds memory: the engine comes back, redoes its work and is right."""
@@ -190,8 +192,10 @@ class Bench:
         if self.device.type == "cuda":
             held = int(TRAINER * torch.cuda.mem_get_info()[1])
         block = torch.empty(held, dtype=torch.uint8, device=self.device).fill_(1)
-        self.fleet.submit(self.requests())
+        first, *rest = self.requests()
+        self.fleet.submit(rest)
         os.kill(self.fleet.engine.process.pid, signal.SIGKILL)
+        self.fleet.submit([first])  # it may have been done with the others
         results, began = {}, time.perf_counter()
         while len(results) < len(self.prompts):
             results |= dict(self.fleet.step())
