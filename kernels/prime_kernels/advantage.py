@@ -1,15 +1,17 @@
 """PRIME advantages of packed responses."""
 
 import functools
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prime_kernels import checks, reference
+from prime_kernels import checks, reference, reference_credit
 from prime_kernels.advantage_cuda import capturing
 from prime_kernels.dispatch import operator, resolve
 from prime_kernels.reference import Advantage
+from prime_kernels.reference_credit import CREDITS
 
 
 @torch.no_grad()
@@ -29,6 +31,12 @@ def prime_advantage(
     form: str = "run",
     normalize: str = "batch",
     whiten: bool = True,
+    credit: str = "published",
+    step: Tensor | None = None,
+    shrink: float = 0.0,
+    prior: float = 0.5,
+    slope: float = 0.0,
+    offset: float = 0.0,
     process_group=None,
     backend: str | None = None,
 ) -> Advantage:
@@ -46,12 +54,33 @@ def prime_advantage(
     estimator="reinforce" (eq. 8): a = r, b = o. `form` only matters for rloo.
     whiten=True then maps all tokens to (x - mean) / sqrt(unbiased variance + 1e-8).
 
+    credit: what becomes of the PRM's log-ratios. "published" is the above. The others, for estimator="rloo" (form and
+    normalize play no part), cut each row into steps j = 0..J and give every token of step j of row i
+
+        outcome_weight * outcome_gamma^(L_i-1-t) * (o_i - b_i) + process_weight * P_ij
+
+    b_i: mean outcome of the group's other rows and of `shrink` pseudo-rows of outcome `prior` (0: RLOO). The PRM is a
+    value of prefixes, V_j = sigmoid(u_i + slope * beta * sum of q up to the end of step j) and V_{-1} = sigmoid(u_i),
+    u_i = logit(b_i with max(shrink, 1) pseudo-rows) + offset; slope and offset calibrate it:
+
+        critic     V_{-1} - V_{j-1}: the value in the place of a baseline, unbiased as that depends on the prefix alone
+        pav        V_j - V_{j-1}: what the step changed (progress, after arXiv 2410.08146)
+        lookahead  V_{min(j+1,J)} - V_{j-1}: for a PRM that notices one step late
+        td         sum_{k>=j} gamma^(k-j) (B_k - B_{k-1}), B_k = b_i + V_k - V_{-1}, B_J = o_i: GAE of lambda = gamma
+        odds       z_ij limited to +-3: the step's sum of q minus the mean of the batch's steps of that index, over the
+                   root mean square of all of these (+ 1e-6 nats); slope plays no part
+
+    Where the PRM equals its reference, or slope is 0, all of these but td are 0: the advantage is RLOO's.
+
     Args:
         prm_logprob, ref_logprob: (T,) float32, bfloat16 or float64 in nats, response tokens only, row after row. With
             process_weight=0 they never reach the advantage and may be None.
         outcome: (R,) float32 or float64. cu_seqlens: (R+1,) int32 or int64, 0, ..., T.
         group: (R,) int64, the same id for the rows of one prompt; any ids, any order, any K >= 2 (reinforce: >= 1).
         gamma, outcome_gamma: in 0..1.
+        step: (T,) int32 or int64, the number of a token's step in its row: 0 at the row's start, the same or one more
+            with each token. None: every token is a step.
+        shrink, slope: 0 or more; prior: between 0 and 1. With a credit other than "published", outcome is in 0..1.
         process_group: a torch.distributed group whose ranks each hold whole groups: M and the whitening moments are
             then those of all ranks. (The published code takes M per rank: its rewards depend on the number of GPUs.)
 
@@ -69,6 +98,7 @@ def prime_advantage(
     checks.one_of("estimator", estimator, ("rloo", "grpo", "reinforce"))
     checks.one_of("form", form, ("run", "paper"))
     checks.one_of("normalize", normalize, ("batch", "none"))
+    checks.one_of("credit", credit, ("published", *CREDITS))
     checks.positive("beta", beta)
     checks.between("gamma", gamma, 0, 1)
     checks.between("outcome_gamma", outcome_gamma, 0, 1)
@@ -76,6 +106,18 @@ def prime_advantage(
     rows = outcome.shape[0]
     checks.tensor("cu_seqlens", cu_seqlens, (rows + 1,), checks.OFFSETS, outcome, "one entry more than outcome")
     checks.tensor("group", group, (rows,), checks.INDEX, outcome, "one id for each row of outcome")
+    if credit == "published":
+        if step is not None or shrink:
+            raise ValueError("step and shrink are of other credits than 'published': leave them out, or name a credit")
+    elif estimator != "rloo":
+        raise ValueError(f"credit {credit!r} compares with the other rows of a group: pass estimator='rloo'")
+    for name, value in {"shrink": shrink, "slope": slope}.items():
+        checks.between(name, value, 0, float("inf"))
+    if not 0 < prior < 1 or not math.isfinite(shrink * slope * offset):
+        raise ValueError(f"prior is {prior}, slope {slope}, offset {offset}: needs 0 < prior < 1 and finite numbers")
+    if step is not None:
+        tokens = None if prm_logprob is None else prm_logprob.shape[0]
+        checks.tensor("step", step, (tokens,), checks.OFFSETS, outcome, "one step number for each token")
     if (prm_logprob is None) != (ref_logprob is None) or (prm_logprob is None and process_weight):
         raise ValueError("prm_logprob or ref_logprob is None: pass both, or neither with process_weight=0")
     if prm_logprob is not None:
@@ -84,7 +126,8 @@ def prime_advantage(
     return Advantage(
         *torch.ops.prime_kernels.prime_advantage(
             prm_logprob, ref_logprob, outcome, cu_seqlens, group, beta, gamma, outcome_gamma, process_weight,
-            outcome_weight, estimator, form, normalize, whiten, process_group and process_group.group_name, backend,
+            outcome_weight, estimator, form, normalize, whiten, credit, step, shrink, prior, slope, offset,
+            process_group and process_group.group_name, backend,
         )
     )  # fmt: skip
 
@@ -94,12 +137,14 @@ def prime_advantage(
 def _prime_advantage(
     prm_logprob: Tensor | None, ref_logprob: Tensor | None, outcome: Tensor, cu_seqlens: Tensor, group: Tensor,
     beta: float, gamma: float, outcome_gamma: float, process_weight: float, outcome_weight: float,
-    estimator: str, form: str, normalize: str, whiten: bool, process_group: str | None, backend: str | None,
+    estimator: str, form: str, normalize: str, whiten: bool, credit: str, step: Tensor | None, shrink: float,
+    prior: float, slope: float, offset: float, process_group: str | None, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = prm_logprob, ref_logprob, outcome
-    implementation = resolve("prime_advantage", backend, tensors)
+    published = credit == "published"
+    implementation = resolve("prime_advantage", backend if published else backend or "torch", tensors)
     check = functools.partial(
-        _check_values, prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator
+        _check_values, prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator, credit, step
     )
     ranks = process_group and dist.distributed_c10d._resolve_process_group(process_group)
     if capturing() and (prm_logprob is None or ranks is not None or implementation is reference.advantage):
@@ -109,11 +154,15 @@ def _prime_advantage(
         )
     options = {
         "beta": beta, "gamma": gamma, "outcome_gamma": outcome_gamma, "process_weight": process_weight,
-        "outcome_weight": outcome_weight, "estimator": estimator, "form": form, "normalize": normalize,
-        "whiten": whiten, "process_group": ranks,
+        "outcome_weight": outcome_weight, "whiten": whiten, "process_group": ranks,
     }  # fmt: skip
+    if published:
+        options |= {"estimator": estimator, "form": form, "normalize": normalize}
+    else:
+        options |= {"credit": credit, "step": step, "shrink": shrink, "prior": prior, "slope": slope, "offset": offset}
     if implementation is reference.advantage:
         check()
+        implementation = reference.advantage if published else reference_credit.advantage
         result = implementation(prm_logprob, ref_logprob, outcome, cu_seqlens, group, **options)
         return tuple(x.to(_dtype(tensors)) for x in result)
     tokens = 0 if not len(outcome) else cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob)
@@ -143,11 +192,18 @@ def _dtype(tensors) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def _check_values(prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator) -> None:
+def _check_values(
+    prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator, credit, step
+) -> None:
     if not len(outcome):
         raise ValueError("outcome has no rows: give every rank at least one group")
     checks.rows(cu_seqlens, cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob))
     checks.finite("outcome", outcome)
+    if credit != "published" and (bad := ((outcome < 0) | (outcome > 1)).nonzero()).numel():
+        i = bad[0].item()
+        raise ValueError(f"outcome is {outcome[i].item()} in row {i}: credit {credit!r} needs outcomes from 0 to 1")
+    if step is not None:
+        _check_step(step, cu_seqlens)
     if process_weight:
         checks.finite("prm_logprob", prm_logprob, cu_seqlens)
         checks.finite("ref_logprob", ref_logprob, cu_seqlens)
@@ -159,3 +215,16 @@ def _check_values(prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_
                 f"group {alone[0].item()} has one row, row {row}: {estimator} compares rows of a group; drop the group "
                 "or use estimator='reinforce'"
             )
+
+
+def _check_step(step: Tensor, cu_seqlens: Tensor) -> None:
+    begins = cu_seqlens[:-1].long()
+    rise = step.diff(prepend=step[:1])
+    good = (rise == 0) | (rise == 1)
+    good[begins] = step[begins] == 0
+    if (bad := (~good).nonzero()).numel():
+        i = bad[0].item()
+        raise ValueError(
+            f"step[{i}] is {step[i].item()} in row {(cu_seqlens <= i).sum().item() - 1}: a row's steps are numbered "
+            "0, 0, 1, 1, 2, ..., from 0 on and without gaps"
+        )
