@@ -23,6 +23,7 @@ from prime_fast.values import (
     Positive,
     Rate,
     Recompute,
+    Separators,
     Share,
     Tokens,
     VllmArguments,
@@ -120,6 +121,15 @@ class PrimeConfig(Section):
     beta: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 0.05
     # train the PRM on groups as they come, where engines work beside the trainer (rollout.vllm.gpus, or vLLM on a CPU)
     overlap: bool = True
+    # what becomes of the PRM's log-ratios: docs/credit.md tells when which one pays
+    credit: Literal["published", "critic", "pav", "lookahead", "odds", "td"] = "published"
+    # how far a credit other than published trusts the PRM: as fitted (none), as far as that is sure (evidence), or by
+    # the effect on outcomes (size, of odds)
+    gate: Literal["none", "evidence", "size"] = "evidence"
+    shrink: Rate = 0.0  # pseudo-responses of mean outcome among a prompt's others, of a credit other than published
+    segment: Literal["token", "step"] = "token"  # what gets credit as one
+    separators: Separators = "\n"  # the last token of a step: its id, or a regular expression that its text holds
+    rebase: bool = False  # log-ratios of PRM to sampling policy, not to the reference; the PRM is trained as without
     granularity: Literal["token", "whole"] = "token"  # whole: a row's process reward comes with its last token
     estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
     form: Literal["run", "paper"] = "run"
@@ -245,6 +255,7 @@ class Config(Section):
                 f"engine.micro_tokens * engine.sequence_parallel = {held} cannot hold one row of data.max_prompt + "
                 f"rollout.max_response = {longest} tokens; raise engine.micro_tokens"
             )
+        _check_credit(self)
         low, high = self.rollout.keep
         if low > high:
             raise ValueError(f"rollout.keep={[low, high]} must satisfy 0 <= low <= high <= 1")
@@ -267,6 +278,34 @@ class Config(Section):
                 "alone, which are no old log-probs of the policy; set rollout.old_logprobs=update, or rollout.top_p=1"
             )
         return self
+
+
+def _check_credit(config: Config) -> None:
+    """What only some forms of credit know must not stand beside another one, as if it did something."""
+    prime, rollout = config.prime, config.rollout
+    if prime.credit == "published":
+        for key, value, default in (("shrink", prime.shrink, 0), ("segment", prime.segment, "token")):
+            if value != default:
+                raise ValueError(
+                    f"prime.{key}={value} is not a part of prime.credit=published; set prime.credit=critic (with "
+                    f"prime.process_weight=0 that is RLOO) or another, or leave prime.{key} out"
+                )
+    else:
+        for key, value, needed in (("estimator", prime.estimator, "rloo"), ("granularity", prime.granularity, "token")):
+            if value != needed:
+                raise ValueError(f"prime.credit={prime.credit} needs prime.{key}={needed}, not {value}")
+    if not prime.rebase:
+        return
+    if rollout.temperature != 1 or rollout.top_p != 1:
+        raise ValueError(
+            "prime.rebase takes the engine's log-probs for the policy's, which they are at rollout.temperature=1 and "
+            f"rollout.top_p=1 alone, not {rollout.temperature:g} and {rollout.top_p:g}; leave it out"
+        )
+    if prime.credit == "published" and prime.normalize == "batch":
+        raise ValueError(
+            "prime.rebase takes the engine's log-probs, whose rounding prime.normalize=batch would blow up; set "
+            "prime.normalize=none, or another prime.credit"
+        )
 
 
 def _check_keep(config: Config) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import prime_kernels
 from prime_fast import passes, preflight, prime, profile
 from prime_fast.config import Config, OptimizerConfig
+from prime_fast.credit import Credit
 from prime_fast.engine import checkpoint, distributed
 from prime_fast.engine.batch import Batch, Group
 from prime_fast.engine.zero import Engine
@@ -42,6 +43,7 @@ class Trainer:
             for sentence in self.plan.chosen():
                 say(sentence)
         self.phases = Phases()
+        self.credit = Credit(config.prime, inputs.tokenizer)
         self.policy = self._engine("policy", config.model.policy, config.policy)
         self.prm = self.reference = None
         if config.uses_prm:
@@ -162,7 +164,10 @@ class Trainer:
         if prm_logprob is not None and not torch.isfinite(prm_logprob - ref_logprob[1.0]).all():
             return "log-probs of the PRM or its reference are not finite, so there are no advantages"
         with phases("advantage"):
-            advantage = self._advantage(batch, prm_logprob, ref_logprob.get(1.0))
+            base = batch.engine_logprob.to(self.device) if config.prime.rebase else ref_logprob.get(1.0)
+            base = None if prm_logprob is None else base
+            advantage, told = self.credit.advantage(batch, prm_logprob, base, self.device)
+        self.record |= told
         with phases("old_logprobs"):
             old_logprob, own_first = self._old_logprob(batch, epochs, ref_logprob)
         with phases("policy"):
@@ -240,6 +245,7 @@ class Trainer:
             self._write(log, {"skipped": self.counts["skipped"]} | self.record)
         else:
             self.collector.load_state_dict(before["collector"])
+            self.credit.load_state_dict(before["credit"])
             self.counts = before["counts"]
         done = step if self.moved else step - 1
         newest = checkpoint.latest(Path(self.config.run_dir))
@@ -263,6 +269,8 @@ class Trainer:
         self.rollout.sleep()  # loading needs the most memory of all
         state = checkpoint.load(directory, self._trained())
         self.collector.load_state_dict(state["collector"], renewed)
+        if "credit" in state:  # checkpoints of before it have none
+            self.credit.load_state_dict(state["credit"])
         self.counts = state["counts"]
         if {"data", "reward"} & set(renewed):
             self.counts["empty_in_a_row"] = 0
@@ -297,7 +305,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         loop = {"collector": self.collector.state_dict(), "counts": dict(self.counts)}
-        return loop | {"identity": self.inputs.identity}
+        return loop | {"credit": self.credit.state_dict(), "identity": self.inputs.identity}
 
     def _stream(self, step: int, groups: int, waves: bool = False) -> Stream:
         """The reference's and the PRM's passes over so many groups to come.
@@ -336,43 +344,6 @@ class Trainer:
             correct, pairs = prime.pair_accuracy(score, outcome, batch.group)
             self.record["prm_accuracy"] = float(((score > 0) == (outcome > 0.5)).float().mean())
             self.record["prm_pair_accuracy"] = correct / pairs if pairs else None
-
-    def _advantage(self, batch: Batch, prm_logprob: Tensor | None, ref_logprob: Tensor | None) -> Tensor:
-        p, cu_seqlens = self.config.prime, batch.cu_seqlens.to(self.device)
-        if prm_logprob is None:
-            ref_logprob = None
-        elif p.granularity == "whole":
-            prm_logprob = prime.on_last_token(prm_logprob - ref_logprob, cu_seqlens)
-            ref_logprob = torch.zeros_like(prm_logprob)
-
-        def combine(process_weight: float, outcome_weight: float, whiten: bool) -> prime_kernels.Advantage:
-            return prime_kernels.prime_advantage(
-                prm_logprob,
-                ref_logprob,
-                batch.outcome.to(self.device),
-                cu_seqlens,
-                batch.group.to(self.device),
-                beta=p.beta,
-                gamma=p.gamma[0],
-                outcome_gamma=p.gamma[1],
-                process_weight=process_weight,
-                outcome_weight=outcome_weight,
-                estimator=p.estimator,
-                form=p.form,
-                normalize=p.normalize,
-                whiten=whiten,
-            )
-
-        result = combine(p.process_weight, p.outcome_weight, p.whiten)
-        if self.prm is not None:
-            process = combine(p.process_weight, 0.0, False).advantage.square().mean().sqrt()
-            outcome = combine(0.0, p.outcome_weight, False).advantage.square().mean().sqrt()
-            self.record |= {
-                "process_over_outcome": float(process / outcome) if outcome > 0 else None,
-                "process_reward_mean": float(result.token_reward.mean()),
-                "process_reward_std": float(result.token_reward.std()),
-            }
-        return result.advantage
 
     def _old_logprob(
         self, batch: Batch, epochs: list[list[passes.MiniBatch]], ref_logprob: dict[float, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -67,6 +68,19 @@ def _recompute(value: Any) -> Any:
     raise ValueError(f"give {', '.join(RECOMPUTE)}, or how many layers are recomputed")
 
 
+def _separators(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"this is no regular expression: {error}") from error
+        value.encode()
+        return value
+    if isinstance(value, list) and all(type(i) is int and 0 <= i <= LARGEST for i in value) and value:
+        return value
+    raise ValueError("give a regular expression, or a list of token ids")
+
+
 def _answer(template: str) -> str:
     template.encode()
     for _, name, specification, conversion in Formatter().parse(template):
@@ -88,6 +102,7 @@ Tokens = Annotated[
     list[Annotated[int | str, BeforeValidator(_token)]],
     BeforeValidator(lambda value: [value] if isinstance(value, int | str) else value),
 ]
+Separators = Annotated[str | list[int], BeforeValidator(_separators)]
 Recompute = Annotated[int | str, BeforeValidator(_recompute)]
 Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain)]
 Answer = Annotated[str, AfterValidator(_answer)]
