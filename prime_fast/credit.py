@@ -56,6 +56,8 @@ class Credit:
                 "process_reward_std": float(result.token_reward.std()),
             }
             record |= self._learn(batch, (prm_logprob - ref_logprob).cpu(), step)
+        elif p.shrink:  # towards the mean outcome of the steps before
+            self._learn(batch, torch.zeros(int(batch.cu_seqlens[-1])), step)
         return result.advantage, record
 
     def state_dict(self) -> dict[str, Any]:

@@ -289,6 +289,7 @@ OPTIONS = [
     ["prime.process_weight=0"],
     ["prime.estimator=grpo", "prime.form=paper", "prime.normalize=none"],
     ["prime.estimator=reinforce", "prime.whiten=false", "prime.gamma=[0.9, 0.99]"],
+    ["prime.credit=odds", "prime.gate=size", "prime.segment=step", "prime.separators='[0-4]'"],
     ["policy.kl_coef=0.1", "policy.entropy_coef=0.01", "policy.mean=row", "policy.clip=[0.1, 0.3]"],
     ["rollout.old_logprobs=engine", "rollout.temperature=0.7", "rollout.max_rounds=1"],
     ["rollout.old_logprobs=recompute"],
