@@ -162,6 +162,12 @@ class PolicyConfig(OptimizerConfig):
 class PrmConfig(OptimizerConfig):
     lr: Rate = 1e-6
     grad_clip: Rate = 10.0
+    # cross-entropy of the outcome given the whole response | the mean over its prefixes, each on top of the log-odds of
+    # the group's mean outcome (arXiv 2604.13197)
+    loss: Literal["response", "prefix"] = "response"
+    rows: Literal["kept", "all"] = "kept"  # all: then also on the groups that rollout.keep drops; they give no scores
+    passes: Positive = 1  # over a step's rows; scores are of the first, but with prime.update=before
+    warmup_steps: NotNegative = 0  # first ones of the run's steps, which train the PRM alone
 
 
 class SftConfig(OptimizerConfig):
@@ -241,6 +247,7 @@ class Config(Section):
                 "prime.update=none never trains the PRM, and a PRM equal to its reference rewards nothing; "
                 "set model.prm to a trained PRM, or prime.update=after"
             )
+        _check_prm(self)
         if self.prime.reference == "policy" and self.uses_prm and self.rollout.old_logprobs == "engine":
             raise ValueError(
                 "prime.reference=policy needs the trainer's own log-probs (the engine's differ by rounding, which the "
@@ -305,6 +312,29 @@ def _check_credit(config: Config) -> None:
         raise ValueError(
             "prime.rebase takes the engine's log-probs, whose rounding prime.normalize=batch would blow up; set "
             "prime.normalize=none, or another prime.credit"
+        )
+
+
+def _check_prm(config: Config) -> None:
+    """What asks for more than the published training of the PRM must have a PRM that trains, and something to train."""
+    prm, defaults = config.prm, PrmConfig()
+    trains = config.uses_prm and config.prime.update != "none"
+    for key in ("loss", "rows", "passes", "warmup_steps"):
+        if not trains and getattr(prm, key) != getattr(defaults, key):
+            what = "prime.update=none" if config.uses_prm else "prime.process_weight=0"
+            raise ValueError(
+                f"prm.{key}={getattr(prm, key)} has no effect with {what}, which trains no PRM; set prm.{key}="
+                f"{getattr(defaults, key)}, or train one"
+            )
+    if prm.loss == "prefix" and config.rollout.samples == 1:
+        raise ValueError(
+            "prm.loss=prefix starts from a group's mean outcome, which with rollout.samples=1 is the outcome itself; set "
+            "rollout.samples to 2 or more, or prm.loss=response"
+        )
+    if prm.warmup_steps >= config.steps:
+        raise ValueError(
+            f"prm.warmup_steps={prm.warmup_steps} are the first of steps={config.steps} and leave none that trains the "
+            "policy; raise steps, or lower prm.warmup_steps"
         )
 
 

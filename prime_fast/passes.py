@@ -114,14 +114,27 @@ def score_pack(engine: Engine, pack: Pack, flats: dict[float, Tensor]) -> None:
 
 
 def train_prm_pack(
-    engine: Engine, pack: Pack, ref_logprob: Tensor, outcome: Tensor, *, beta: float, row_weight: Tensor
+    engine: Engine,
+    pack: Pack,
+    ref_logprob: Tensor,
+    outcome: Tensor,
+    *,
+    beta: float,
+    row_weight: Tensor,
+    intercept: Tensor | None,
 ) -> prime_kernels.PrmLoss:
-    """Forward and backward of row_weight * cross-entropy of sigmoid(beta * Q) and the outcome.
+    """Forward and backward of row_weight * cross-entropy of sigmoid(beta * Q) and the outcome; with an intercept the
+    mean of those of all prefixes (prime_kernels.linear_prm_loss).
 
-    ref_logprob (T,), outcome (R,) and row_weight (R,) are of the whole batch; the result is of the pack.
+    ref_logprob (T,), outcome, row_weight and intercept (R,) are of the whole batch; the result is of the pack.
     """
+    rows = {"row_weight": row_weight, "intercept": intercept}
     op = _on(
-        partial(engine.sequence_group.linear_prm_loss, beta=beta, row_weight=pack.select_rows(row_weight)),
+        partial(
+            engine.sequence_group.linear_prm_loss,
+            beta=beta,
+            **{name: None if x is None else pack.select_rows(x) for name, x in rows.items()},
+        ),
         pack.targets,
         pack.select(ref_logprob),
         pack.select_rows(outcome),

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prime_kernels.reference import policy_token_loss, prm_row_loss, segment_sum
+from prime_kernels.reference import (
+    group_moments,
+    policy_token_loss,
+    prm_prefix_logit,
+    prm_prefix_loss,
+    prm_row_loss,
+    segment_sum,
+)
 
 ROUNDING = 1e-6  # a mean of float32 outcomes may miss an inclusive bound by this much
 
@@ -22,6 +29,7 @@ def prm_loss(
     beta: float = 0.05,
     kind: str = "ce",
     group: Tensor | None = None,
+    intercept: Tensor | None = None,
 ) -> Tensor:
     """The implicit PRM's loss, the mean over rows; differentiable in prm_logprob.
 
@@ -29,17 +37,25 @@ def prm_loss(
     kind="ce" (the published run, PRIME-RL/PRIME 18ad596f) is BCE(sigmoid(beta * Q), outcome);
     kind="dpo" (detached DPO, verl-recipe 48ea0a79) is -log sigmoid(s * (beta * Q - other)), s = +1 if outcome > 0, else
     -1, other the detached mean of beta * Q over the group's rows of smaller outcome (s = +1) or of larger (s = -1), 0
-    if there are none.
+    if there are none;
+    kind="prefix" (arXiv 2604.13197) is the mean over a row's tokens t of BCE(sigmoid(intercept + beta * S_t), outcome),
+    S_t the sum up to and including t.
 
     prm_logprob, ref_logprob: (T,) float, nats; outcome: (R,) float in 0..1; cu_seqlens: (R+1,) int32 or int64, no empty
-    row; group: (R,) int64, only for "dpo". Returns a scalar in the dtype of prm_logprob. Raises ValueError for another
-    kind and for "dpo" without group.
+    row; group: (R,) int64, only for "dpo"; intercept: (R,) float, only for "prefix", see `prm_intercept`. Returns a
+    scalar in the dtype of prm_logprob. Raises ValueError for another kind, for "dpo" without group and for "prefix"
+    without intercept.
     """
+    if kind == "prefix":
+        if intercept is None:
+            raise ValueError("kind='prefix' starts from a log-odds of each row: pass intercept, as of prm_intercept")
+        logit = prm_prefix_logit(prm_logprob - ref_logprob, intercept, cu_seqlens, beta)
+        return prm_prefix_loss(logit, outcome, cu_seqlens).mean().to(prm_logprob.dtype)
     score = beta * segment_sum(prm_logprob - ref_logprob, cu_seqlens)
     if kind == "ce":
         return prm_row_loss(score, outcome.to(score.dtype)).mean()
     if kind != "dpo":
-        raise ValueError(f"kind is {kind!r}, needs 'ce' or 'dpo'")
+        raise ValueError(f"kind is {kind!r}, needs 'ce', 'dpo' or 'prefix'")
     if group is None:
         raise ValueError("kind='dpo' compares rows of a group: pass group, the id of each row's prompt")
     good = outcome > 0
@@ -47,6 +63,15 @@ def prm_loss(
     opposite = torch.where(good[:, None], smaller, smaller.T) & (group[None, :] == group[:, None])
     other = opposite.to(score.dtype) @ score.detach() / opposite.sum(1).clamp(min=1)
     return -F.logsigmoid((score - other) * torch.where(good, 1, -1)).mean()
+
+
+def prm_intercept(outcome: Tensor, group: Tensor) -> Tensor:
+    """(R,) float64: the logit of (sum of the group's outcomes + 0.5) / (K + 1), which is never that of 0 or 1.
+
+    As in arXiv 2604.13197 the row's own outcome is among them. outcome (R,) float in 0..1; group (R,) int64.
+    """
+    count, mean, _ = group_moments(outcome.double(), group)
+    return ((count * mean + 0.5) / (count + 1)).logit()
 
 
 def policy_loss(

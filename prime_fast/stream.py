@@ -1,5 +1,6 @@
 """The reference's and the PRM's passes of a step, made while its groups come in.
 
+Groups that train the PRM alone, and its further passes over all of them, come last: scores are of the first pass.
 A PRM mini-batch is of whole groups in their order, so the passes over its first groups need not wait for its last, nor
 for the groups after it: rollout engines on devices of their own decode meanwhile. Only the optimizer's step waits for
 its mini-batch. What is packed together is decided by the groups alone, not by when they came: early or late, the
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -35,9 +36,9 @@ class Scored(NamedTuple):
     """R rows, T response tokens; of a model that is not there, None."""
 
     ref_logprob: dict[float, Tensor]  # by temperature: (T,) of the reference
-    logprob: Tensor | None  # (T,) of the PRM, in the forward that trained it if it trains
+    logprob: Tensor | None  # (T,) of the PRM, in the forward that first trained it if it trains
     score: Tensor | None  # (R,) beta * Q of that forward
-    updates: passes.Updates | None  # of the PRM if it trains
+    updates: passes.Updates | None  # of the PRM if it trains; the loss is that of the first pass
 
 
 class Passes(NamedTuple):
@@ -50,6 +51,8 @@ class Passes(NamedTuple):
     lr: float
     micro_tokens: int
     mini_batch: int  # rows per optimizer step of the PRM
+    prefix: bool = False  # train it on the outcome at every prefix, not of the response alone
+    epochs: int = 1  # its passes over the rows
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Stream:
         self.waiting: list[Group] = []
         self.waves: list[Wave] = []
         self.jobs: deque[tuple[str, Callable[[], None]]] = deque()  # phase, micro-batch or optimizer step
+        self.again: list[tuple[str, Callable[[], None]]] = []  # what a further pass of the PRM is made of
         self.open_rows = 0  # of the present mini-batch that have come
         self.loss = torch.zeros((), device=self.engine.device) if self.engine else None
         self.losses: list[float] = []
@@ -110,16 +114,30 @@ class Stream:
             job()
         return True
 
-    def finish(self) -> Scored:
-        """Make what is left, and share the results with all ranks."""
+    def finish(self, others: Sequence[Group] = ()) -> Scored:
+        """Make what is left, and share the results with all ranks. others: groups that train the PRM as well, and are
+        not scored: their mini-batches follow those of the groups that were put."""
         if self.waiting or self.open_rows:
             self._plan(last=True)
+        if others:
+            rows = sum(len(group.samples) for group in others)
+            for part in passes.even(list(others), rows / self.what.mini_batch):
+                self.waiting, self.open_rows = part, sum(len(group.samples) for group in part)
+                self.mini_rows = deque([self.open_rows])
+                self._plan(last=True, scored=False)
+        self.jobs += self.again * (self.what.epochs - 1)
         with progress("reference and PRM", len(self.jobs), "micro-batches") as tick:
             while self.work():
                 tick()
         if self.engine is None:
             return Scored({}, None, None, None)
         prm = self.what.prm
+        updates = passes.updates(self.losses, self.steps) if self.steps else None
+        if updates and self.what.epochs > 1:
+            first = len(self.steps) // self.what.epochs
+            updates = updates._replace(loss=passes.updates(self.losses[:first], self.steps[:first]).loss)
+        if not self.waves:
+            return Scored({}, None, None, updates)
         ref_logprob = {
             temperature: self._shared(lambda wave, at=temperature: wave.ref_logprob[at])
             for temperature in self.what.temperatures
@@ -129,7 +147,7 @@ class Stream:
         logprob = self._shared(lambda wave: wave.logprob)
         if prm.trains:
             score = self._shared(lambda wave: wave.score)
-            return Scored(ref_logprob, logprob, score, passes.updates(self.losses, self.steps))
+            return Scored(ref_logprob, logprob, score, updates)
         rows = [len(response) for wave in self.waves for response in wave.batch.responses]
         cu_seqlens = torch.tensor([0, *accumulate(rows)], dtype=torch.int32, device=prm.device)
         score = self.what.beta * prime.segment_sum(logprob - ref_logprob[1.0], cu_seqlens)
@@ -146,7 +164,7 @@ class Stream:
         """The waves' values end to end, those of every rank's rows."""
         return distributed.sum_(torch.cat([of(wave) for wave in self.waves]))
 
-    def _plan(self, last: bool) -> None:
+    def _plan(self, last: bool, scored: bool = True) -> None:
         """Pack the groups that wait, and note down the passes over them. last: they end their mini-batch."""
         what, prm = self.what, self.what.prm
         trains = prm is not None and prm.trains
@@ -163,16 +181,23 @@ class Stream:
                 zeros(rows),
             )
             weight = ranks / self.mini_rows[0] if trains else 0.0
-            self.waves.append(wave)
+            if scored:
+                self.waves.append(wave)
             self.waiting = []
             if what.reference is not None:
                 self.jobs += [("reference", partial(self._refer, wave, micro)) for micro in wave.micros]
-            if prm is not None:
-                make = partial(self._train, row_weight=zeros(rows) + weight) if trains else self._score
-                self.jobs += [("prm", partial(make, wave, micro)) for micro in wave.micros]
+            if trains:
+                odds = prime.prm_intercept(batch.outcome, batch.group).to(prm.device) if what.prefix else None
+                make = partial(self._train, wave, row_weight=zeros(rows) + weight, intercept=odds)
+                self.jobs += [("prm", partial(make, micro, first=True)) for micro in wave.micros]
+                self.again += [("prm", partial(make, micro, first=False)) for micro in wave.micros]
+            elif prm is not None:
+                self.jobs += [("prm", partial(self._score, wave, micro)) for micro in wave.micros]
         if last:
             if trains:
-                self.jobs.append(("prm", partial(self._step, self.open_rows / self.mini_rows[0])))
+                step = "prm", partial(self._step, self.open_rows / self.mini_rows[0])
+                self.jobs.append(step)
+                self.again.append(step)
             self.open_rows = 0
             self.mini_rows.popleft()
 
@@ -184,14 +209,18 @@ class Stream:
         pack = passes.pack_here(wave.batch, micro, self.what.prm)
         passes.score_pack(self.what.prm, pack, {1.0: wave.logprob})
 
-    def _train(self, wave: Wave, micro: list[list[int]], row_weight: Tensor) -> None:
+    def _train(
+        self, wave: Wave, micro: list[list[int]], *, row_weight: Tensor, intercept: Tensor | None, first: bool
+    ) -> None:
         prm = self.what.prm
         pack = passes.pack_here(wave.batch, micro, prm)
         outcome, ref_logprob = wave.batch.outcome.to(prm.device), wave.ref_logprob[1.0]
-        result = passes.train_prm_pack(prm, pack, ref_logprob, outcome, beta=self.what.beta, row_weight=row_weight)
+        rows = {"row_weight": row_weight, "intercept": intercept}
+        result = passes.train_prm_pack(prm, pack, ref_logprob, outcome, beta=self.what.beta, **rows)
         self.loss += result.loss.detach()
-        pack.put(wave.logprob, result.logprob)
-        pack.put_rows(wave.score, result.score)
+        if first:
+            pack.put(wave.logprob, result.logprob)
+            pack.put_rows(wave.score, result.score)
 
     def _step(self, share: float) -> None:
         """share: of the mini-batch's rows that have come."""

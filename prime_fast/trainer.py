@@ -122,29 +122,37 @@ class Trainer:
             write_samples(Path(config.run_dir), [self._sample(step, group) for group in fresh[:SAMPLES_PER_STEP]])
         self.record |= record | {"groups": len(groups), "surplus": len(self.collector.surplus)}
         nothing = f"no group has a mean outcome within rollout.keep={list(config.rollout.keep)}"
-        if groups:
-            batch = Batch.of(groups, self.rollout.version)
+        others, batch = self._for_the_prm_alone(groups, fresh), None
+        warms_up = step <= config.prm.warmup_steps
+        empty = not groups and not (others and warms_up)
+        if groups or others:
+            batch = Batch.of(groups, self.rollout.version) if groups else None
             self.rollout.sleep()
             self._unpark()
-            failure = self._update(step, batch, stream or self._given(step, groups))
+            failure = self._update(step, batch, others, stream or self._given(step, groups))
             self._park()
-        self._count(empty=not groups, skip_reason=failure if groups else nothing)
+        self._count(empty=empty, skip_reason=nothing if empty else failure)
         with phases("sync"):
             self.rollout.wake(changed="policy" in self.moved)
         self.rollout.settled()
-        if groups:
+        if batch is not None:
             self.record |= self._throughput(batch)
         self.record |= {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
         if self.counts["failed_in_a_row"] >= MAX_FAILED:
             raise distributed.Stop(f"{MAX_FAILED} steps in a row were skipped: {failure}")
         return self.record
 
-    def _update(self, step: int, batch: Batch, stream: Stream) -> str | None:
+    def _update(self, step: int, batch: Batch | None, others: list[Group], stream: Stream) -> str | None:
         """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so.
 
-        stream: has been given the groups of the batch.
+        stream: has been given the groups of the batch. Without one, and while the PRM warms up, the policy stays as it
+        is. others: groups that the PRM alone trains on.
         """
         config, phases = self.config, self.phases
+        scored = stream.finish(others)
+        self._note_prm(step, scored, batch)
+        if batch is None or step <= config.prm.warmup_steps:
+            return _lost({"PRM": scored.updates})
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         budget, attention = config.engine.micro_tokens, self.policy.attention
         work = {"attention": attention, "sequence_parallel": config.engine.sequence_parallel}
@@ -154,9 +162,6 @@ class Trainer:
         efficiency = passes.efficiency(batch, epochs[0], attention)
         self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}
         temperature = config.rollout.temperature
-
-        scored = stream.finish()
-        self._note_prm(step, scored, batch)
         ref_logprob, prm_logprob = scored.ref_logprob, scored.logprob
         if self.prm is not None and config.prime.update == "before":
             with phases("prm"):
@@ -171,7 +176,8 @@ class Trainer:
         with phases("old_logprobs"):
             old_logprob, own_first = self._old_logprob(batch, epochs, ref_logprob)
         with phases("policy"):
-            lr = learning_rate(config.policy, step, config.steps)
+            warmup = config.prm.warmup_steps
+            lr = learning_rate(config.policy, step - warmup, config.steps - warmup)
             result = passes.train_policy(
                 self.policy,
                 batch,
@@ -193,18 +199,16 @@ class Trainer:
             "approx_kl": result.approx_kl,
             "reference_kl": result.reference_kl,
         } | result.mismatch
-        if step == 1 and result.updates.applied and result.updates.grad_norm > 0:
+        if step == warmup + 1 and result.updates.applied and result.updates.grad_norm > 0:
             preflight.check_every_parameter_trains(self.policy, "policy")
-        passed = ("PRM", scored.updates), ("policy", result.updates)
-        lost = [name for name, updates in passed if updates and not updates.applied]
-        return f"no mini-batch of the {' and '.join(lost)} has a finite loss and gradient" if lost else None
+        return _lost({"PRM": scored.updates, "policy": result.updates})
 
     def _note(self, name: str, updates: passes.Updates, lr: float) -> None:
         """Write down what became of a model's mini-batches; its weights are others now if any was applied."""
         if updates.applied:
             self.rollout.version += name == "policy" and name not in self.moved
             self.moved.add(name)
-            self.counts["updates"] += updates.applied
+            self.counts["updates"] += updates.applied if name == "policy" else 0
         self.record |= {
             f"{name}_loss": updates.loss,
             f"{name}_grad_norm": updates.grad_norm,
@@ -234,8 +238,8 @@ class Trainer:
         )
         if not self.counts["updates"]:
             raise distributed.Stop(
-                f"{nothing} and nothing was trained yet: look at samples.jsonl in run_dir whether reward.function is "
-                "right; else give easier or harder rows, a wider rollout.keep, or rollout.patience=0 to go on"
+                f"{nothing} and the policy was not trained yet: look at samples.jsonl in run_dir whether reward.function "
+                "is right; else give easier or harder rows, a wider rollout.keep, or rollout.patience=0 to go on"
             )
         return f"finished early: {nothing}. Harder rows (--resume --accept data) teach more; rollout.patience=0 waits"
 
@@ -326,6 +330,8 @@ class Trainer:
             lr=learning_rate(config.prm, step, config.steps),
             micro_tokens=config.engine.micro_tokens,
             mini_batch=config.prm.mini_batch,
+            prefix=config.prm.loss == "prefix",
+            epochs=config.prm.passes,
         )
         return Stream(what, self.phases, groups, config.rollout.samples, waves=waves)
 
@@ -336,7 +342,17 @@ class Trainer:
             stream.put(group)
         return stream
 
-    def _note_prm(self, step: int, scored: Scored, batch: Batch) -> None:
+    def _for_the_prm_alone(self, groups: list[Group], fresh: list[Group]) -> list[Group]:
+        """Of the groups that a step has looked at those which rollout.keep drops, if prm.rows asks for them; never one
+        that rollout.filter_truncated does."""
+        if self.config.prm.rows == "kept":
+            return []
+        train = {group.id for group in (*groups, *self.collector.surplus)}
+        strict = self.config.rollout.filter_truncated
+        whole = (group for group in fresh if not (strict and any(sample.truncated for sample in group.samples)))
+        return [group for group in whole if group.id not in train]
+
+    def _note_prm(self, step: int, scored: Scored, batch: Batch | None) -> None:
         if scored.updates is not None:
             self._note("prm", scored.updates, learning_rate(self.config.prm, step, self.config.steps))
         if scored.score is not None and torch.isfinite(scored.score).all():
@@ -396,3 +412,8 @@ class Trainer:
         if log is not None:
             log.write(record)
             log.progress(record)
+
+
+def _lost(made: dict[str, passes.Updates | None]) -> str | None:
+    lost = [name for name, updates in made.items() if updates and not updates.applied]
+    return f"no mini-batch of the {' and '.join(lost)} has a finite loss and gradient" if lost else None

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_fast.prime import keep_groups, pair_accuracy, policy_loss, prm_loss
+from prime_fast.prime import keep_groups, pair_accuracy, policy_loss, prm_intercept, prm_loss
 from prime_kernels.reference import policy_token_loss
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "prime_vectors.json").read_text())
@@ -140,6 +140,30 @@ def test_dpo(batch):
     torch.testing.assert_close(torch.autograd.grad(got, prm), torch.autograd.grad(loss, prm))
 
 
+@given(batches())
+@settings(max_examples=30, deadline=None)
+def test_prefix(batch):
+    prm, ref, outcome, cu_seqlens, group = batch
+    intercept = prm_intercept(outcome, group)
+    for i, g in enumerate(group):
+        others = outcome[group == g]
+        share = (others.sum() + 0.5) / (len(others) + 1)
+        torch.testing.assert_close(intercept[i].sigmoid(), share, rtol=0, atol=1e-12)
+    got = prm_loss(prm, ref, outcome, cu_seqlens, beta=0.3, kind="prefix", intercept=intercept)
+    want = torch.autograd.grad(got, prm)[0].split(cu_seqlens.diff().tolist())
+    rows = (prm - ref).detach().split(cu_seqlens.diff().tolist())
+    for q, o, a, gradient in zip(rows, outcome, intercept, want, strict=True):
+        error = (a + 0.3 * q.cumsum(0)).sigmoid() - o
+        expected = 0.3 * error.flip(0).cumsum(0).flip(0) / len(q) / len(outcome)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+def test_the_prefix_loss_of_single_tokens_with_even_odds_is_the_plain_one():
+    q, outcome = tensor([3.0, -2.0, 0.1]), tensor([1.0, 0.0, 0.3])
+    args = q, torch.zeros_like(q), outcome, torch.tensor([0, 1, 2, 3])
+    torch.testing.assert_close(prm_loss(*args, kind="prefix", intercept=torch.zeros(3)), prm_loss(*args))
+
+
 def test_dpo_without_an_opposite_is_a_plain_log_sigmoid():
     q = tensor([3.0, -2.0])
     args = q, torch.zeros_like(q), torch.ones(2), torch.tensor([0, 1, 2])
@@ -148,7 +172,12 @@ def test_dpo_without_an_opposite_is_a_plain_log_sigmoid():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"kind": "nca"}, "kind is 'nca', needs 'ce' or 'dpo'"), ({"kind": "dpo"}, "pass group")]
+    ("kwargs", "message"),
+    [
+        ({"kind": "nca"}, "kind is 'nca', needs 'ce', 'dpo' or 'prefix'"),
+        ({"kind": "dpo"}, "pass group"),
+        ({"kind": "prefix"}, "pass intercept"),
+    ],
 )
 def test_prm_loss_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -76,7 +76,7 @@ def test_a_run_that_never_trained_is_stopped_with_advice(workspace, tmp_path, ca
     function = reward(tmp_path / "reward.py", "return 0.0")
     assert train(workspace, tmp_path / "run", function, "steps=9", "rollout.max_rounds=1") == 1
     error = capsys.readouterr().err
-    assert "nothing was trained yet" in error and "reward.function" in error and "mean outcome is 0.00" in error
+    assert "the policy was not trained yet" in error and "reward.function" in error and "mean outcome is 0.00" in error
     assert read_metrics(tmp_path / "run")[-1]["step"] == 2
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prime_kernels.linear_torch import kept_dtype, policy_result, slices
-from prime_kernels.reference import PrmLoss, importance_weight, prm_row_gradient, prm_row_loss, segment_sum
+from prime_kernels.linear_torch import judged, kept_dtype, policy_result, slices, whole_rows
+from prime_kernels.reference import PrmLoss, importance_weight
 
 
 class Upstream(NamedTuple):
@@ -223,31 +223,50 @@ def policy_loss(
 
 
 def prm_loss(
-    rows_type, hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, *, beta, softcap, grads
-):
+    rows_type, hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, intercept,
+    *, beta, softcap, grads,
+):  # fmt: skip
     """-> PrmLoss, and the gradients of hidden, weight and bias, None where `grads` is False.
 
     dlogits of a token = its sequence's coefficient * (one-hot - p), and only the coefficient waits for the sequence's
     end. So one-hot - p is made at once, of sequences end to end, and the coefficient scales the small operands: dX, and
     the hidden states of dW. The parts of dW of a sequence longer than the buffer are summed apart until it is known.
+
+    With an intercept every token has a coefficient of its own, and that of the first waits for the last: the buffer
+    takes whole sequences, and of a longer one all log-probs come first, so that its logits are computed twice.
     """
-    head = Head(rows_type, hidden, weight, bias, 1.0, softcap, grads, ahead=True)
-    ref_logprob, outcome, row_weight = map(_float, (ref_logprob, outcome, row_weight))
-    logprob, score = head.new(), torch.empty_like(outcome)
+    head = Head(rows_type, hidden, weight, bias, 1.0, softcap, grads, ahead=intercept is None)
+    ref_logprob, outcome, row_weight, intercept = map(_float, (ref_logprob, outcome, row_weight, intercept))
+    logprob, score, loss = head.new(), torch.empty_like(outcome), torch.empty_like(outcome)
     cuts, offsets, step = cu_seqlens.tolist(), cu_seqlens.to(hidden.device), head.kernel.logit_rows
 
     def judge(rows: slice) -> Tensor:
-        """Writes the scores of these sequences; returns the coefficient of each of their tokens."""
+        """Writes scores and losses of these sequences; returns the coefficient of each of their tokens."""
         tokens, inner = slice(cuts[rows.start], cuts[rows.stop]), offsets[rows.start : rows.stop + 1] - cuts[rows.start]
-        score[rows] = beta * segment_sum(logprob[tokens] - ref_logprob[tokens], inner)
-        dscore = row_weight[rows] * prm_row_gradient(score[rows], outcome[rows])
-        return (beta * dscore).repeat_interleave(inner.diff(), output_size=tokens.stop - tokens.start)
+        one = None if intercept is None else intercept[rows]
+        log_ratio = logprob[tokens] - ref_logprob[tokens]
+        score[rows], loss[rows], scale = judged(log_ratio, outcome[rows], row_weight[rows], one, inner, beta)
+        return scale
+
+    def result() -> tuple[PrmLoss, tuple]:
+        return PrmLoss((row_weight * loss).sum(), logprob, score), head.gradients()
 
     if not head.grads:
         head.forward(slice(0, len(hidden)), targets, logprob)
         judge(slice(0, len(outcome)))
+        return result()
+    if intercept is not None:
+        for row, end, start, stop in whole_rows(cuts, head.room):
+            fits = stop - start <= head.room
+            head.forward(slice(start, stop), targets, logprob, gradient=Upstream() if fits else None)
+            scale = judge(slice(row, end))
+            for part in slices(start, stop, head.room):
+                if not fits:
+                    head.forward(part, targets, logprob, gradient=Upstream())
+                head.products(part, scale[part.start - start : part.stop - start])
+        return result()
     first = row = 0  # the token of the first dlogits in the buffer, and its sequence
-    for part in slices(0, len(hidden), step) if head.grads else ():
+    for part in slices(0, len(hidden), step):
         head.forward(part, targets, logprob, gradient=Upstream(), at=part.start - first)
         made, last = part.stop, part.stop == len(hidden)
         if made - first + step <= head.room and not last:
@@ -263,7 +282,7 @@ def prm_loss(
         if made - first + step > head.room and not last:
             head.lay_aside(slice(first, made))
             first = made
-    return PrmLoss((row_weight * prm_row_loss(score, outcome)).sum(), logprob, score), head.gradients()
+    return result()
 
 
 def _take(gradient: Gradient, rows: slice) -> Gradient:

@@ -16,6 +16,9 @@ from prime_kernels.reference import (
     kl_token_loss,
     policy_token_gradient,
     policy_token_loss,
+    prm_prefix_gradient,
+    prm_prefix_logit,
+    prm_prefix_loss,
     prm_row_gradient,
     prm_row_loss,
     segment_sum,
@@ -195,7 +198,7 @@ def policy_result(
 
 
 def prm_loss(
-    hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, *, beta, softcap, grads
+    hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, intercept, *, beta, softcap, grads
 ) -> tuple[PrmLoss, tuple]:
     """-> PrmLoss, and the gradients of hidden, weight and bias, None where `grads` is False.
 
@@ -205,23 +208,42 @@ def prm_loss(
     head = Head(hidden, weight, bias, 1.0, softcap, grads)
     ref_logprob, outcome, row_weight = (x.to(head.dtype) for x in (ref_logprob, outcome, row_weight))
     logprob = hidden.new_empty(len(hidden), dtype=head.dtype)
-    score = torch.empty_like(outcome)
+    score, loss = torch.empty_like(outcome), torch.empty_like(outcome)
     limit, cuts = chunk_rows(len(weight)), cu_seqlens.to(hidden.device)
     for first, last, start, stop in whole_rows(cu_seqlens.tolist(), limit):
         pieces = list(slices(start, stop, limit))
         for rows in pieces:
             chunk = head.forward(rows, targets)
             logprob[rows] = chunk.logprob
-        offsets = cuts[first : last + 1] - start
-        score[first:last] = beta * segment_sum(logprob[start:stop] - ref_logprob[start:stop], offsets)
+        score[first:last], loss[first:last], dlogprob = judged(
+            logprob[start:stop] - ref_logprob[start:stop],
+            outcome[first:last],
+            row_weight[first:last],
+            None if intercept is None else intercept[first:last],
+            cuts[first : last + 1] - start,
+            beta,
+        )
         if any(grads):
-            dscore = row_weight[first:last] * prm_row_gradient(score[first:last], outcome[first:last])
-            dlogprob = (beta * dscore).repeat_interleave(offsets.diff(), output_size=stop - start)
             for rows in pieces:
                 if len(pieces) > 1:
                     chunk = head.forward(rows, targets)
                 head.backward(chunk, dlogprob[rows.start - start : rows.stop - start])
-    return PrmLoss((row_weight * prm_row_loss(score, outcome)).sum(), logprob, score), head.gradients()
+    return PrmLoss((row_weight * loss).sum(), logprob, score), head.gradients()
+
+
+def judged(
+    log_ratio: Tensor, outcome: Tensor, row_weight: Tensor, intercept: Tensor | None, cu_seqlens: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score and loss of each row, (R,), and the derivative of row_weight * loss in each log-prob, (T,)."""
+    score = beta * segment_sum(log_ratio, cu_seqlens)
+    if intercept is None:
+        loss, dscore = prm_row_loss(score, outcome), row_weight * prm_row_gradient(score, outcome)
+        return score, loss, (beta * dscore).repeat_interleave(cu_seqlens.diff(), output_size=len(log_ratio))
+    logit = prm_prefix_logit(log_ratio, intercept, cu_seqlens, beta)
+    dlogprob = prm_prefix_gradient(logit, outcome, cu_seqlens, beta)
+    weight = row_weight.repeat_interleave(cu_seqlens.diff(), output_size=len(log_ratio))
+    loss = prm_prefix_loss(logit, outcome, cu_seqlens).to(score.dtype)
+    return score, loss, (weight * dlogprob).to(score.dtype)
 
 
 def whole_rows(cu_seqlens: list[int], limit: int) -> Iterator[tuple[int, int, int, int]]:

@@ -74,6 +74,34 @@ def prm_row_gradient(score: Tensor, outcome: Tensor) -> Tensor:
     return score.sigmoid() - outcome
 
 
+def prm_prefix_logit(log_ratio: Tensor, intercept: Tensor, cu_seqlens: Tensor, beta: float) -> Tensor:
+    """(T,) float64: intercept_i + beta * S_t, S_t the sum of row i's log_ratio (T,) up to and including token t."""
+    row, to_end = places(cu_seqlens, len(log_ratio))
+    lengths = cu_seqlens.diff()[row]
+    sums = suffix_sum(log_ratio.double().flip(0), (lengths - to_end + 1).flip(0)).flip(0)
+    return intercept.double()[row] + beta * sums
+
+
+def prm_prefix_loss(logit: Tensor, outcome: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(R,) float64: the mean of prm_row_loss over a row's tokens, of prm_prefix_logit (T,); arXiv 2604.13197."""
+    row, _ = places(cu_seqlens, len(logit))
+    return segment_sum(prm_row_loss(logit, outcome.double()[row]), cu_seqlens) / cu_seqlens.diff()
+
+
+def prm_prefix_gradient(logit: Tensor, outcome: Tensor, cu_seqlens: Tensor, beta: float) -> Tensor:
+    """(T,) float64: the derivative of a row's prm_prefix_loss in each of its log-ratios, a sum over those after it."""
+    row, to_end = places(cu_seqlens, len(logit))
+    error = prm_row_gradient(logit, outcome.double()[row])
+    return beta * suffix_sum(error, to_end) / cu_seqlens.diff()[row]
+
+
+def places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Of each token, (T,): its row, and how many tokens there are from it on to the row's end."""
+    rows = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+    row = rows.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+    return row, cu_seqlens[1:][row] - torch.arange(tokens, device=row.device)
+
+
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(T,) -> (R,): the sum of each row, in float64 inside, whatever its neighbours; differentiable."""
     sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True)
@@ -90,8 +118,7 @@ def advantage(
     """prime_kernels.prime_advantage on checked arguments."""
     dtype = outcome.dtype if prm_logprob is None else torch.promote_types(outcome.dtype, prm_logprob.dtype)
     outcome, lengths = outcome.double(), cu_seqlens.diff()
-    row = torch.arange(len(outcome), device=outcome.device).repeat_interleave(lengths)
-    to_end = cu_seqlens[1:][row] - torch.arange(len(row), device=row.device)  # tokens from here to the row's end
+    row, to_end = places(cu_seqlens, int(cu_seqlens[-1]))
     result = outcome.new_zeros(len(row))
     q = result if prm_logprob is None else prm_logprob.double() - ref_logprob.double()
     if process_weight:
@@ -114,7 +141,7 @@ def suffix_sum(x: Tensor, to_end: Tensor, gamma: float = 1.0) -> Tensor:
 
     A token meets only its own row, at distances from itself: the bits do not depend on how rows are packed.
     """
-    x, step, longest = x.clone(), 1, to_end.max().item()
+    x, step, longest = x.clone(), 1, to_end.max().item() if len(to_end) else 0
     while step < longest:
         x[:-step] += (x[step:] * gamma**step).masked_fill_(to_end[:-step] <= step, 0)
         step *= 2

@@ -20,7 +20,7 @@ from prime_fast.config import Config
 from prime_fast.data.models import model_config
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.packing import Pack
-from prime_kernels.reference import PrmLoss, prm_row_loss, segment_sum
+from prime_kernels.reference import PrmLoss, places, prm_prefix_logit, prm_row_loss, segment_sum
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,28 @@ class SequenceGroup:
         bias: Tensor | None,
         beta: float,
         row_weight: Tensor,
+        intercept: Tensor | None,
     ) -> PrmLoss:
         """prime_kernels.linear_prm_loss of rows whose tokens lie on all ranks of the group, some of a row's maybe none
-        here. Each rank gets the scores of all rows, and an equal part of the loss."""
+        here. Each rank gets the scores of all rows, and a part of the loss: an equal one, or with an intercept that of
+        its own tokens."""
         if self.size == 1:
             return prime_kernels.linear_prm_loss(
-                hidden, weight, targets, ref_logprob, outcome, cu_seqlens, bias=bias, beta=beta, row_weight=row_weight
-            )
+                hidden, weight, targets, ref_logprob, outcome, cu_seqlens,
+                bias=bias, beta=beta, row_weight=row_weight, intercept=intercept,
+            )  # fmt: skip
         logprob = prime_kernels.linear_logprob(hidden, weight, targets, bias=bias)
-        here = segment_sum((logprob - ref_logprob).double(), cu_seqlens)
+        log_ratio = (logprob - ref_logprob).double()
+        here = segment_sum(log_ratio, cu_seqlens)
         score = (beta * _Total.apply(here, self)).to(logprob.dtype)
-        loss = (row_weight * prm_row_loss(score, outcome)).sum() / self.size
+        if intercept is None:
+            loss = (row_weight * prm_row_loss(score, outcome)).sum() / self.size
+        else:
+            log_ratio = log_ratio[: int(cu_seqlens[-1])]  # a rank without response tokens has one that is no row's
+            row, _ = places(cu_seqlens, len(log_ratio))
+            logit = prm_prefix_logit(log_ratio, intercept + beta * _Before.apply(here, self), cu_seqlens, beta)
+            length = _Total.apply(cu_seqlens.diff(), self)
+            loss = ((row_weight / length)[row] * prm_row_loss(logit, outcome.double()[row])).sum().to(logprob.dtype)
         return PrmLoss(loss, logprob.detach(), score.detach())
 
 
@@ -114,6 +125,27 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * ctx.size, None
+
+
+class _Before(torch.autograd.Function):
+    """The sum over the ranks of the group before this one; its adjoint is that over the ranks after it."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _of_all(x, group)[: group.index].sum(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _of_all(gradient, ctx.group)[ctx.group.index + 1 :].sum(0), None
+
+
+def _of_all(x: Tensor, group: SequenceGroup) -> Tensor:
+    """(size, *x.shape): x of every rank of the group."""
+    x = x.contiguous()
+    found = x.new_empty(group.size, *x.shape)
+    dist.all_gather(list(found), x, group=group.process_group)
+    return found
 
 
 @cache

@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from prime_fast import passes
+from prime_fast import passes, prime
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig, PolicyConfig
 from prime_fast.engine import distributed, zero
 from prime_fast.engine.batch import Batch, Group, Sample
@@ -99,17 +99,19 @@ def results(path: Path, dtype: str, size: int, batch: Batch, recompute: str, dev
     draw = torch.Generator().manual_seed(2)
     ref, advantage = -3 + torch.randn(2, len(logprob), generator=draw)
 
-    prm_logprob, score, loss = torch.zeros_like(ref), torch.zeros(len(batch.responses)), torch.zeros(())
-    row_weight = torch.full_like(score, distributed.world_size() / len(score))
-    for micro in mini:
-        pack = passes.pack_here(batch, micro, engine)
-        made = passes.train_prm_pack(engine, pack, ref, batch.outcome, beta=0.05, row_weight=row_weight)
-        pack.put(prm_logprob, made.logprob)
-        pack.put_rows(score, made.score)
-        loss += made.loss.detach()
-    found |= {"PRM log-probs": [distributed.sum_(prm_logprob)], "PRM scores": [distributed.sum_(score)]}
-    grad_norm = torch.tensor(engine.step(LR).grad_norm)
-    found |= {"PRM gradient": gradient(engine), "PRM loss": [distributed.sum_(loss), grad_norm]}
+    for name, intercept in (("PRM", None), ("PRM of prefixes", prime.prm_intercept(batch.outcome, batch.group))):
+        prm_logprob, score, loss = torch.zeros_like(ref), torch.zeros(len(batch.responses)), torch.zeros(())
+        row_weight = torch.full_like(score, distributed.world_size() / len(score))
+        rows = {"beta": 0.05, "row_weight": row_weight, "intercept": intercept}
+        for micro in mini:
+            pack = passes.pack_here(batch, micro, engine)
+            made = passes.train_prm_pack(engine, pack, ref, batch.outcome, **rows)
+            pack.put(prm_logprob, made.logprob)
+            pack.put_rows(score, made.score)
+            loss += made.loss.detach()
+        found |= {f"{name} log-probs": [distributed.sum_(prm_logprob)], f"{name} scores": [distributed.sum_(score)]}
+        grad_norm = torch.tensor(engine.step(LR).grad_norm)
+        found |= {f"{name} gradient": gradient(engine), f"{name} loss": [distributed.sum_(loss), grad_norm]}
 
     policy = passes.train_policy(
         engine,

@@ -16,6 +16,7 @@ HEADS = {
     "softcap": {"softcap": 1.5},
     "all": {"bias": True, "temperature": 1.3, "softcap": 2.0},
 }
+INTERCEPTS = {"response": None, "prefix": torch.tensor([0.5, -2.0, 0.0, 1.5])}
 CUTS = [0, 3, 10, 11, 23]  # with chunks of 7: two rows in one, a row that just fits, a row that needs two
 
 
@@ -129,17 +130,19 @@ def test_extreme_ratios(backend, sign, old):
 
 @pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_prm_loss(backend, rows_of_a_chunk, head, weighted):
+@pytest.mark.parametrize("intercept", INTERCEPTS)
+def test_prm_loss(backend, rows_of_a_chunk, head, weighted, intercept):
     options = dict(HEADS[head])
     hidden, weight, bias, targets = make(bias=options.pop("bias", False))
     ref, outcome = vectors()[3], torch.tensor([0.0, 1.0, 0.25, 1.0])
     row_weight = torch.tensor([0.5, 0.0, 2.0, 1.0]) if weighted else None
     cuts = torch.tensor(CUTS, dtype=torch.int32)
-    options |= {"beta": 0.1}
+    options |= {"beta": 0.1, "intercept": INTERCEPTS[intercept]}
     got = linear_prm_loss(
         hidden, weight, targets, ref, outcome, cuts, bias=bias, row_weight=row_weight, backend=backend, **options
     )
     hidden_, weight_, bias_, ref_, outcome_, row_weight_ = doubled(hidden, weight, bias, ref, outcome, row_weight)
+    (options["intercept"],) = doubled(options["intercept"])
     want = linear_prm_loss(
         hidden_, weight_, targets, ref_, outcome_, cuts, bias=bias_, row_weight=row_weight_, **options
     )
@@ -148,7 +151,8 @@ def test_prm_loss(backend, rows_of_a_chunk, head, weighted):
 
 
 @pytest.mark.parametrize("head", ["plain", "bias"])
-def test_prm_loss_of_rows_of_any_length(backend, head, monkeypatch):
+@pytest.mark.parametrize("intercept", INTERCEPTS)
+def test_prm_loss_of_rows_of_any_length(backend, head, intercept, monkeypatch):
     """Buffers far smaller than a row, far larger, and all between: fresh lengths in every run."""
     rng = random.Random()
     for _ in range(4):
@@ -157,9 +161,12 @@ def test_prm_loss_of_rows_of_any_length(backend, head, monkeypatch):
         cuts = torch.tensor([0, *accumulate(lengths)])
         hidden, weight, bias, targets = make(n=sum(lengths), bias=head == "bias")
         ref, outcome = vectors(sum(lengths))[3], torch.rand(len(lengths)).round(decimals=1)
-        got = linear_prm_loss(hidden, weight, targets, ref, outcome, cuts, bias=bias, beta=0.3, backend=backend)
-        hidden_, weight_, bias_, ref_, outcome_ = doubled(hidden, weight, bias, ref, outcome)
-        want = linear_prm_loss(hidden_, weight_, targets, ref_, outcome_, cuts, bias=bias_, beta=0.3)
+        odds = None if intercept == "response" else torch.randn(len(lengths))
+        rest = {"bias": bias, "beta": 0.3, "intercept": odds}
+        got = linear_prm_loss(hidden, weight, targets, ref, outcome, cuts, **rest, backend=backend)
+        hidden_, weight_, bias_, ref_, outcome_, odds_ = doubled(hidden, weight, bias, ref, outcome, odds)
+        rest |= {"bias": bias_, "intercept": odds_}
+        want = linear_prm_loss(hidden_, weight_, targets, ref_, outcome_, cuts, **rest)
         close(got, want)
         close_grads(grads(got.loss, hidden, weight, bias), grads(want.loss, hidden_, weight_, bias_))
 
@@ -179,8 +186,10 @@ def test_no_rows(backend):
     hidden, weight, _, targets = make(n=0)
     none = torch.zeros(0)
     policy = linear_policy_loss(hidden, weight, targets, none, none, none, backend=backend)
-    prm = linear_prm_loss(hidden, weight, targets, none, none, torch.tensor([0]), backend=backend)
-    for result in (policy, prm):
+    rows = none, none, torch.tensor([0])
+    prm = linear_prm_loss(hidden, weight, targets, *rows, backend=backend)
+    prefix = linear_prm_loss(hidden, weight, targets, *rows, intercept=none, backend=backend)
+    for result in (policy, prm, prefix):
         assert result.loss == 0 and result.logprob.shape == (0,)
         assert [tuple(g.shape) for g in grads(result.loss, hidden, weight)] == [(0, 12), (37, 12)]
     assert linear_logprob(hidden, weight, targets, backend=backend).shape == (0,)
@@ -242,6 +251,11 @@ def test_all_ops_agree_in_every_bit(backend, rows_of_a_chunk, monkeypatch):
     prm = linear_prm_loss(hidden, weight, targets, ref.detach(), outcome, cuts, backend=backend)
     assert torch.equal(prm.logprob, ref) and not prm.score.any()
     torch.testing.assert_close(prm.loss, torch.tensor(2.0).log())
+    rest = {"intercept": INTERCEPTS["prefix"], "backend": backend}
+    prefix = linear_prm_loss(hidden, weight, targets, ref.detach(), outcome, cuts, **rest)
+    assert torch.equal(prefix.logprob, ref) and not prefix.score.any()
+    prior = torch.nn.functional.binary_cross_entropy_with_logits(rest["intercept"], outcome)
+    torch.testing.assert_close(prefix.loss, prior)
     advantage, token_weight = vectors()[1:3]
     policy = linear_policy_loss(hidden, weight, targets, ref.detach(), advantage, token_weight, backend=backend)
     assert torch.equal(policy.logprob, ref) and torch.equal(policy.entropy, entropy)
@@ -264,8 +278,10 @@ def test_every_run_gives_the_same_bits(backend, rows_of_a_chunk):
         )  # fmt: skip
         cuts = torch.tensor(CUTS)
         prm = linear_prm_loss(hidden, weight, targets, ref, torch.ones(4), cuts, bias=bias, backend=backend)
-        inputs = hidden, weight, bias
-        return [*result, *prm, *grads(result.loss, *inputs), *grads(prm.loss, *inputs)]
+        inputs, odds = (hidden, weight, bias), {"bias": bias, "intercept": INTERCEPTS["prefix"]}
+        prefix = linear_prm_loss(hidden, weight, targets, ref, torch.ones(4), cuts, **odds, backend=backend)
+        made = result, prm, prefix
+        return [x for each in made for x in (*each, *grads(each.loss, *inputs))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 

@@ -155,6 +155,7 @@ def test_what_the_gate_does_not_know_is_an_error(monkeypatch):
         ("prime_advantage", "prm", (torch.float32, None), "prime_advantage: prm_logprob = torch.bfloat16"),
         ("prime_advantage", "whiten", (True,), "prime_advantage: whiten = False"),
         ("linear_prm_loss", "beta", (0.05,), "linear_prm_loss: beta other than {0.05}"),
+        ("linear_prm_loss", "with_intercept", (False,), "linear_prm_loss: intercept = a value"),
         ("linear_prm_loss", "softcap", (None,), "linear_prm_loss: softcap = a value"),
     ],
 )

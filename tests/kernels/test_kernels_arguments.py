@@ -84,6 +84,8 @@ def test_head_arguments(op, change, message):
         ("linear_prm_loss", {"cu_seqlens": torch.tensor([0, 0, 6])}, "row 0 has no token"),
         ("linear_prm_loss", {"cu_seqlens": torch.tensor([0, 2, 7])}, "from 0 to 7, needs 0 to 6"),
         ("linear_prm_loss", {"row_weight": torch.zeros(3)}, r"row_weight has shape \(3\), needs \(2\)"),
+        ("linear_prm_loss", {"intercept": torch.zeros(3)}, r"intercept has shape \(3\), needs \(2\): one value"),
+        ("linear_prm_loss", {"intercept": torch.zeros(2).long()}, "intercept is torch.int64"),
         ("linear_prm_loss", {"ref_logprob": torch.zeros(5)}, r"ref_logprob has shape \(5\), needs \(6\)"),
         ("linear_prm_loss", {"beta": -1.0}, "beta is -1.0, needs a number above 0"),
     ],

@@ -7,6 +7,7 @@ CPU's back-ends at small sizes.
 """
 
 import os
+from functools import partial
 
 import linear_backend_cases
 import pytest
@@ -106,13 +107,14 @@ def policy(hidden, weight, targets, vectors, backend=None, **head):
     return logprob, entropy, *torch.autograd.grad(loss, [hidden, weight])
 
 
-def prm(hidden, weight, targets, vectors, backend=None, **head):
+def prm(hidden, weight, targets, vectors, backend=None, prefix=False, **head):
     """Rows of which some share a chunk, and one, where there are tokens enough, is longer than a chunk."""
     n = len(targets)
     cuts = torch.tensor([0, *sorted({n // 9, n // 8, n // 7, n} - {0})], dtype=torch.int32)
     outcome = (torch.arange(len(cuts) - 1, device=DEVICE) % 2).to(vectors[3].dtype)
     ref = vectors[3].to(hidden.dtype if hidden.dtype == torch.float64 else torch.float32)
     outcome = outcome.to(ref.dtype)
+    head |= {"intercept": 2 * outcome - 0.7} if prefix else {}
     loss, logprob, score = linear_prm_loss(hidden, weight, targets, ref, outcome, cuts, backend=backend, **head)
     return logprob, *torch.autograd.grad(1024 * loss, [hidden, weight])
 
@@ -123,7 +125,7 @@ def logprob(hidden, weight, targets, vectors, backend=None, **head):
     return values, *torch.autograd.grad((upstream * values).sum(), [hidden, weight])
 
 
-OPS = {"policy": policy, "prm": prm, "logprob": logprob}
+OPS = {"policy": policy, "prm": prm, "prefix": partial(prm, prefix=True), "logprob": logprob}
 
 
 @pytest.mark.parametrize("name", LINEAR)

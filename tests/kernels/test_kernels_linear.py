@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_backend_cases import CUTS, HEADS
+from linear_backend_cases import CUTS, HEADS, INTERCEPTS
 
 from prime_kernels import linear_logprob, linear_policy_loss, linear_prm_loss
 from prime_kernels.linear_torch import chunk_rows, whole_rows
@@ -12,6 +12,9 @@ from prime_kernels.reference import (
     kl_token_loss,
     policy_token_gradient,
     policy_token_loss,
+    prm_prefix_gradient,
+    prm_prefix_logit,
+    prm_prefix_loss,
     prm_row_gradient,
     prm_row_loss,
 )
@@ -123,23 +126,31 @@ def test_policy_loss_equals_dense(head, variant):
 
 @pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_prm_loss_equals_dense(head, weighted):
+@pytest.mark.parametrize("intercept", INTERCEPTS)
+def test_prm_loss_equals_dense(head, weighted, intercept):
     options = dict(HEADS[head])
     hidden, weight, bias, targets = make(bias=options.pop("bias", False))
     ref = extras()[3]
     outcome = torch.tensor([0.0, 1.0, 0.25, 1.0], dtype=torch.float64)
     row_weight = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64) if weighted else None
     cu_seqlens = torch.tensor(CUTS, dtype=torch.int32)
-    got = linear_prm_loss(
-        hidden, weight, targets, ref, outcome, cu_seqlens, bias=bias, row_weight=row_weight, beta=0.1, **options
-    )
+    rows = {"row_weight": row_weight, "intercept": INTERCEPTS[intercept]}
+    got = linear_prm_loss(hidden, weight, targets, ref, outcome, cu_seqlens, bias=bias, **rows, beta=0.1, **options)
     logprob, _ = dense(hidden, weight, bias, targets, **options)
     score = torch.stack([0.1 * q.sum() for q in (logprob - ref).split(cu_seqlens.diff().tolist())])
     bce = -outcome * F.logsigmoid(score) - (1 - outcome) * F.logsigmoid(-score)
+    if intercept == "prefix":
+        bce = torch.stack(prefix_losses(logprob - ref, outcome, INTERCEPTS["prefix"], cu_seqlens, 0.1))
     loss = bce.mean() if row_weight is None else (row_weight * bce).sum()
     close(got, [loss, logprob, score])
     assert [x.requires_grad for x in got] == [True, False, False]
     close(grads(got.loss * 2.5, hidden, weight, bias), grads(loss * 2.5, hidden, weight, bias))
+
+
+def prefix_losses(log_ratio, outcome, intercept, cu_seqlens, beta):
+    """One after the other, by the formula."""
+    rows = zip(log_ratio.split(cu_seqlens.diff().tolist()), outcome, intercept.double(), strict=True)
+    return [F.binary_cross_entropy_with_logits(a + beta * q.cumsum(0), o.expand(len(q)).double()) for q, o, a in rows]
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(2, 50), st.integers(0, 10**6))
@@ -321,6 +332,46 @@ def test_loss_gradients_are_those_of_autograd():
     close([kl_token_gradient(x, old)], torch.autograd.grad(kl_token_loss(x, old).sum(), x))
     outcome = torch.rand(999, dtype=torch.float64, generator=generator)
     close([prm_row_gradient(x, outcome)], torch.autograd.grad(prm_row_loss(x, outcome).sum(), x))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.floats(0.01, 2), st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_prefix_loss_and_its_gradient(lengths, beta, seed):
+    """The loss by its formula; the gradient by autograd through the loss itself."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.tensor([0, *lengths]).cumsum(0)
+    x, (outcome, intercept) = (
+        3 * torch.randn(sum(lengths), dtype=torch.float64, generator=generator).requires_grad_(),
+        torch.rand(2, len(lengths), dtype=torch.float64, generator=generator),
+    )
+    logit = prm_prefix_logit(x, 4 * intercept - 2, cuts, beta)
+    loss = prm_prefix_loss(logit, outcome, cuts)
+    want = torch.stack(prefix_losses(x, outcome, 4 * intercept - 2, cuts, beta))
+    close([loss], [want])
+    expected = torch.autograd.grad(want.sum(), x, retain_graph=True)
+    close([prm_prefix_gradient(logit, outcome, cuts, beta)], expected)
+    close(torch.autograd.grad(loss.sum(), x), expected)
+
+
+def test_prefix_sums_have_the_same_bits_wherever_a_row_stands():
+    """And a row that is not finite spoils no other."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 700, 64, 65, 1, 3, 1000]
+    rows = [torch.randn(n, generator=generator) for n in lengths]
+    outcome, intercept = torch.rand(2, len(rows), generator=generator)
+
+    def made(order):
+        cuts = torch.tensor([0, *(lengths[i] for i in order)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        logit = prm_prefix_logit(torch.cat([rows[i] for i in order]), intercept[order], cuts, 0.3)
+        parts = prm_prefix_gradient(logit, outcome[order], cuts, 0.3).split([lengths[i] for i in order])
+        loss = prm_prefix_loss(logit, outcome[order], cuts)
+        return {i: (loss[k], parts[k]) for k, i in enumerate(order)}
+
+    want = made(list(range(7)))
+    rows[3][10] = torch.nan
+    for order in ([6, 2, 0, 3, 5, 1, 4], [4, 3, 1, 0, 2, 5, 6]):
+        for i, (loss, gradient) in made(order).items():
+            assert loss.isnan() if i == 3 else torch.equal(loss, want[i][0]) and torch.equal(gradient, want[i][1])
 
 
 def test_token_losses_are_consistent_with_their_formulas():

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from linear_backend_cases import *  # noqa: F403
-from linear_backend_cases import close, close_grads, doubled, grads, make, vectors
+from linear_backend_cases import CUTS, INTERCEPTS, close, close_grads, doubled, grads, make, vectors
 
 import prime_kernels
-from prime_kernels import linear_logprob, linear_policy_loss
+from prime_kernels import linear_logprob, linear_policy_loss, linear_prm_loss
 
 
 @pytest.fixture
@@ -13,13 +13,26 @@ def backend():
     return "cpu"
 
 
-def test_bfloat16_inputs(backend):
-    hidden, weight, bias, targets = make(dtype=torch.bfloat16, bias=True)
-    old, advantage, token_weight, _ = vectors()
-    inputs = hidden, weight, bias
-    got = linear_policy_loss(*inputs[:2], targets, old, advantage, token_weight, bias=bias, backend=backend)
+def policy(hidden, weight, bias, targets, **options):
+    """In the dtype of the vectors: that of hidden, or float32."""
+    vector = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    old, advantage, token_weight, _ = (x.to(vector) for x in vectors())
+    return linear_policy_loss(hidden, weight, targets, old, advantage, token_weight, bias=bias, **options)
+
+
+def prefix(hidden, weight, bias, targets, **options):
+    vector = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = vectors()[3].to(vector), torch.tensor([0, 1, 0.25, 1], dtype=vector), torch.tensor(CUTS)
+    intercept = INTERCEPTS["prefix"].to(vector)
+    return linear_prm_loss(hidden, weight, targets, *rows, bias=bias, intercept=intercept, **options)
+
+
+@pytest.mark.parametrize("op", [policy, prefix])
+def test_bfloat16_inputs(backend, rows_of_a_chunk, op):
+    *inputs, targets = make(dtype=torch.bfloat16, bias=True)
+    got = op(*inputs, targets, backend=backend)
     inputs_ = doubled(*inputs)
-    want = linear_policy_loss(*inputs_[:2], targets, *doubled(old, advantage, token_weight), bias=inputs_[2])
+    want = op(*inputs_, targets)
     close(got, want, atol=1e-5)
     for g, w in zip(grads(got.loss, *inputs), grads(want.loss, *inputs_), strict=True):
         assert g.dtype == torch.bfloat16

@@ -1,5 +1,7 @@
 """The LM-head ops as PyTorch operators: autograd, fake tensors, torch.compile, products made and memory held."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +31,9 @@ def losses(hidden, weight, targets, cu_seqlens, backend):
     logprob, entropy = linear_logprob(hidden, weight, targets, entropy=True, backend=backend)
     yield logprob.sum() + entropy.sum()
     yield linear_policy_loss(hidden, weight, targets, old - 5, old + 1, old + 0.1, backend=backend).loss
-    yield linear_prm_loss(hidden, weight, targets, old - 5, rows, cu_seqlens, backend=backend).loss
+    for intercept in (None, rows):
+        prm = {"intercept": intercept, "backend": backend}
+        yield linear_prm_loss(hidden, weight, targets, old - 5, rows, cu_seqlens, **prm).loss
 
 
 def test_opcheck(backend):
@@ -46,8 +50,9 @@ def test_opcheck(backend):
         for old, sampling in ((vector - 4, None), (None, vector - 4)):
             args = x, weight, b, targets, old, vector, vector, vector - 4, sampling, 1.5, 0.2, 0.2, 0.7, cap, 0.1, 0.1
             torch.library.opcheck(_policy_loss, (*args, grads, backend))
-        args = x, weight, b, targets, vector, rows, cuts, rows, 0.1, cap
-        torch.library.opcheck(_prm_loss, (*args, grads, backend))
+        for intercept in (None, rows):
+            args = x, weight, b, targets, vector, rows, cuts, rows, intercept, 0.1, cap
+            torch.library.opcheck(_prm_loss, (*args, grads, backend))
 
 
 def test_compile_makes_one_graph(backend):
@@ -60,7 +65,7 @@ def test_compile_makes_one_graph(backend):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     got, want = compiled(hidden, weight), run(hidden, weight)
     assert torch.equal(got, want)
-    upstream = torch.tensor([1.0, 2.0, 3.0])
+    upstream = torch.tensor([1.0, 2.0, 3.0, 4.0])
     for a, b in zip(*(torch.autograd.grad(x, [hidden, weight], upstream) for x in (got, want)), strict=True):
         assert torch.equal(a, b)
 
@@ -79,7 +84,7 @@ def test_fake_tensors_on_a_gpu(dtype):
         grads = [True, True, False]
         back = _logprob_backward(hidden, weight, None, targets, vector, None, 1.0, None, grads, None)
         *_, dhidden, dweight, dbias = _prm_loss(
-            hidden, weight, None, targets, vector, rows, cuts, rows, 0.1, None, grads, None
+            hidden, weight, None, targets, vector, rows, cuts, rows, None, 0.1, None, grads, None
         )
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     assert {x.dtype for x in (*policy, *prm, logprob)} == {computed}
@@ -110,6 +115,7 @@ def watched(hidden, weight, targets, cu_seqlens, backend, grads):
     forward, backward = dispatch.resolve("linear_logprob", backend)
     policy, prm = (dispatch.resolve(f"linear_{name}_loss", backend) for name in ("policy", "prm"))
     head, clip = {"temperature": 1.0, "softcap": None}, {"clip_low": 0.2, "clip_high": 0.2}
+    rest = hidden, weight, None, targets, old, rows, cu_seqlens, rows
     calls = [
         lambda: forward(hidden, weight, None, targets, entropy=True, **head),
         lambda: backward(hidden, weight, None, targets, old, old, grads=grads, **head),
@@ -130,7 +136,7 @@ def watched(hidden, weight, targets, cu_seqlens, backend, grads):
             **head,
             **clip,
         ),
-        lambda: prm(hidden, weight, None, targets, old, rows, cu_seqlens, rows, beta=0.1, softcap=None, grads=grads),
+        *(partial(prm, *rest, intercept, beta=0.1, softcap=None, grads=grads) for intercept in (None, rows)),
     ]
     for call in calls if any(grads) else calls[:1] + calls[2:]:
         with torch.no_grad(), Watch() as seen:
@@ -146,13 +152,13 @@ def test_logits_are_never_built(backend, monkeypatch):
 
 
 def test_matrix_products_are_only_those_needed(backend, monkeypatch):
-    def products(*grads):  # of linear_logprob, its backward, the policy loss and the PRM's
+    def products(*grads):  # of linear_logprob, its backward, the policy loss, the PRM's and that of prefixes
         return [x.products for x in watched(*make(), torch.tensor(CUTS), backend, (*grads, False))]
 
     monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "30")
-    assert products(True, True) == [1, 3, 3, 3]
-    assert products(True, False) == products(False, True) == [1, 2, 2, 2]
-    assert products(False, False) == [1, 1, 1]
+    assert products(True, True) == [1, 3, 3, 3, 3]
+    assert products(True, False) == products(False, True) == [1, 2, 2, 2, 2]
+    assert products(False, False) == [1, 1, 1, 1]
     monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "11")
     both, *one = (products(*grads)[3] for grads in ((True, True), (True, False), (False, True)))
     logits = sum(one) - both  # each has them, and one of the two products that follow
@@ -163,12 +169,16 @@ def test_matrix_products_are_only_those_needed(backend, monkeypatch):
 
 
 def test_a_row_of_any_length_has_its_logits_computed_once(backend, monkeypatch):
+    """Of a longer one than a chunk twice by the torch back-end, and for the loss of prefixes."""
     monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "4")
     problem = *make(60), torch.tensor([0, 3, 40, 41, 60]), backend
-    both, *one = (
-        list(watched(*problem, (*grads, False)))[-1].products for grads in ((True, True), (True, False), (False, True))
-    )
-    assert sum(one) - both == (60 // 4 if backend != "torch" else 1 + 2 * 10 + 1 + 2 * 5)
+    twice = 1 + 2 * 10 + 1 + 2 * 5
+    for which, logits in ((-2, 60 // 4 if backend != "torch" else twice), (-1, twice)):
+        both, *one = (
+            list(watched(*problem, (*grads, False)))[which].products
+            for grads in ((True, True), (True, False), (False, True))
+        )
+        assert sum(one) - both == logits
 
 
 def test_a_frozen_weight_gets_no_gradient(backend):
