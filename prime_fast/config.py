@@ -328,8 +328,8 @@ def _check_prm(config: Config) -> None:
             )
     if prm.loss == "prefix" and config.rollout.samples == 1:
         raise ValueError(
-            "prm.loss=prefix starts from a group's mean outcome, which with rollout.samples=1 is the outcome itself; set "
-            "rollout.samples to 2 or more, or prm.loss=response"
+            "prm.loss=prefix starts from a group's mean outcome, which with rollout.samples=1 is the outcome itself; "
+            "set rollout.samples to 2 or more, or prm.loss=response"
         )
     if prm.warmup_steps >= config.steps:
         raise ValueError(

@@ -238,8 +238,9 @@ class Trainer:
         )
         if not self.counts["updates"]:
             raise distributed.Stop(
-                f"{nothing} and the policy was not trained yet: look at samples.jsonl in run_dir whether reward.function "
-                "is right; else give easier or harder rows, a wider rollout.keep, or rollout.patience=0 to go on"
+                f"{nothing} and the policy was not trained yet: look at samples.jsonl in run_dir whether "
+                "reward.function is right; else give easier or harder rows, a wider rollout.keep, or "
+                "rollout.patience=0 to go on"
             )
         return f"finished early: {nothing}. Harder rows (--resume --accept data) teach more; rollout.patience=0 waits"
 

@@ -66,7 +66,8 @@ def head_buffers(
 ) -> int:
     """Bytes that prime_kernels.linear_fused.Head allocates, counted from a real one on the meta device.
 
-    longest: tokens of a response, for prm_loss: it makes dlogits ahead, and sums those of a long one's parts apart.
+    longest: tokens of a response, for prm_loss of whole responses: it makes dlogits ahead, and sums those of a long
+    one's parts apart.
     """
     rows_type = GPURows if on_gpu else CPURows
     hidden = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
@@ -92,16 +93,16 @@ def scoring(role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bo
 
 
 def training(
-    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, recompute: Recompute, longest: int
+    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, recompute: Recompute, longest: int | None
 ) -> dict[str, list[Item]]:
     """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding.
 
-    longest: tokens of a response.
+    longest: see head_buffers.
     """
     width = dtype.itemsize
     kept = Item(f"{role}: activations", tokens * saved(shape, width, recompute))
     stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
-    buffers = head_buffers(shape, tokens, dtype, on_gpu, backward=True, longest=longest if role == "prm" else None)
+    buffers = head_buffers(shape, tokens, dtype, on_gpu, backward=True, longest=longest)
     head = Item(f"{role}: LM-head buffers", buffers)
     # the gradients that the forward made, and backward's scaled copies of them (linear_loss.py _scaled)
     gradients = Item(f"{role}: LM-head gradients", 2 * width * (shape.head + tokens * shape.hidden))

@@ -227,7 +227,9 @@ class Plan:
         yield states.role + STEP, [self._working(states.stepping())]
 
     def _training(self, states: States, recompute: Recompute) -> Iterator[Moment]:
-        tokens, longest = self.config.engine.micro_tokens, self.config.rollout.max_response
+        config = self.config
+        tokens = config.engine.micro_tokens
+        longest = config.rollout.max_response if states.role == "prm" and config.prm.loss == "response" else None
         moments = passes.training(states.role, states.shape, tokens, self.dtype, self.on_gpu, recompute, longest)
         for name, moment in moments.items():
             yield [*self._placed(moment), *states.gathered(), *(states.reducing() if name != "head" else [])]

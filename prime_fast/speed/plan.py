@@ -10,7 +10,7 @@ from prime_fast.memory.plan import Plan, models
 from prime_fast.memory.shapes import shape
 from prime_fast.speed import rollouts
 from prime_fast.speed.rates import Rates
-from prime_fast.speed.step import Machine, Pass, Rows, passes_per_step
+from prime_fast.speed.step import EVERY, Machine, Pass, Rows, passes_per_step
 
 RESPONSE, PROMPT = 0.4, 0.2  # mean lengths as shares of the longest, unless told: 0.47 and 0.2 in the published run
 PASS_RATE = 0.5  # of the groups that are started
@@ -43,7 +43,7 @@ class Seconds:
         started = min(math.ceil(prompts / self.pass_rate), prompts * config.rollout.max_rounds)
         self.generated = started * config.rollout.samples
         self.kept = math.ceil(started * self.pass_rate) * config.rollout.samples
-        self.rows = Rows.of(self.prompt, self.drawn(self.kept), self.kept)
+        self.rows, self.every = (Rows.of(self.prompt, self.drawn(n), n) for n in (self.kept, self.generated))
         self.phases = {"generate": self.rollout()}
         for made in passes_per_step(config, plan.recompute)[1:]:
             self.phases[made.phase] = self.phases.get(made.phase, 0.0) + self.trainer_pass(made)
@@ -62,7 +62,9 @@ class Seconds:
         if rollout.ahead:
             trainer = sum(spent for phase, spent in phases.items() if phase not in ("generate", SYNC))
         else:
-            trainer = sum(phases.get(phase, 0.0) for phase in ("reference", "prm")) * self.config.prime.overlap
+            prm = self.config.prm  # its first pass over groups that are kept: the rest comes after them
+            trainer = phases.get("reference", 0.0) + phases.get("prm", 0.0) / prm.passes
+            trainer *= self.config.prime.overlap * (1.0 if prm.rows == "kept" else self.kept / self.generated)
         return min(phases["generate"], trainer)
 
     @property
@@ -92,10 +94,13 @@ class Seconds:
     def trainer_pass(self, made: Pass) -> float:
         role = "policy" if made.phase == "old_logprobs" else made.phase
         machine = self.machine(role)
-        runs = self.config.policy.epochs if made.phase == "policy" else min(1.0, made.units)
-        micro_batches = max(self.micro_batches(self.rows), made.steps / runs)
-        seconds = machine.pass_seconds(self.rows, made.units, micro_batches, made.trains, runs, made.kept)
-        return seconds + made.steps * machine.optimizer_step()
+        epochs = {"policy": self.config.policy.epochs, "prm": self.config.prm.passes}
+        runs = epochs[made.phase] if made.trains else min(1.0, made.units)
+        rows = self.every if made.rows == EVERY else self.rows
+        steps = made.steps * rows.count / self.rows.count
+        micro_batches = max(self.micro_batches(rows), steps / runs)
+        seconds = machine.pass_seconds(rows, made.units, micro_batches, made.trains, runs, made.kept)
+        return seconds + steps * machine.optimizer_step()
 
     @property
     def engines(self) -> int:

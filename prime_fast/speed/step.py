@@ -15,12 +15,15 @@ OPTIMIZER_BYTES = 40  # a parameter: gradient read for its norm and again; maste
 HEAD = {False: 1, True: 3}  # matrix products of the LM head: its gradients come out of its forward, nothing is redone
 
 
+KEPT, EVERY = "kept responses", "every response"
+
+
 class Pass(NamedTuple):
     phase: str  # of the trainer's stopwatch
     what: str
-    rows: str
+    rows: str  # KEPT or EVERY
     units: float  # forwards: a backward is 2, and recomputed layers are one more
-    steps: int = 0  # optimizer steps
+    steps: int = 0  # optimizer steps on kept responses
     trains: bool = False
     kept: float = 0.0  # of the units, those that attention is spared because its outputs are kept
 
@@ -28,36 +31,38 @@ class Pass(NamedTuple):
 def passes_per_step(config: Config, recompute: Mapping[str, Recompute]) -> list[Pass]:
     """recompute: of each trained model, by its role."""
 
-    def trained(role: str, what: str, steps: int, runs: int = 1) -> Pass:
+    def trained(role: str, what: str, rows: str, steps: int, runs: int = 1) -> Pass:
         found = recompute[role]
         again = runs * found.layers / found.of
         made = f"{what} forward and backward, {steps} optimizer steps"
-        return Pass(role, made, kept, 3.0 * runs + again, steps, True, again if found.attention else 0.0)
+        made += " and those of dropped groups" if rows == EVERY else ""
+        return Pass(role, made, rows, 3.0 * runs + again, steps, True, again if found.attention else 0.0)
 
     steps = {
         name: max(1, round(config.rollout.prompts * config.rollout.samples / section.mini_batch))
         for name, section in (("policy", config.policy), ("prm", config.prm))
     }
-    kept = "kept responses"
-    rows = [Pass("generate", "generate (and sync weights once)", "every response", 1.0)]
+    judged = EVERY if config.uses_prm and config.prm.rows == "all" else KEPT
+    rows = [Pass("generate", "generate (and sync weights once)", EVERY, 1.0)]
     if config.uses_reference:
-        rows.append(Pass("reference", "reference forward", kept, 1.0))
+        rows.append(Pass("reference", "reference forward", judged, 1.0))
     policy_reference = config.uses_prm and config.prime.reference == "policy"
     if policy_reference:
-        rows.append(Pass("reference", "policy forward: the PRM's reference", kept, 1.0))
+        rows.append(Pass("reference", "policy forward: the PRM's reference", judged, 1.0))
     if config.uses_prm:
         if config.prime.update == "none":
-            rows.append(Pass("prm", "PRM forward", kept, 1.0))
+            rows.append(Pass("prm", "PRM forward", KEPT, 1.0))
         else:
-            rows.append(trained("prm", "PRM", steps["prm"]))
+            runs = config.prm.passes
+            rows.append(trained("prm", "PRM", judged, runs * steps["prm"], runs))
         if config.prime.update == "before":
-            rows.append(Pass("prm", "PRM forward again, after its update", kept, 1.0))
+            rows.append(Pass("prm", "PRM forward again, after its update", KEPT, 1.0))
     reused = policy_reference and config.rollout.temperature == 1
     spared = {"recompute": 0, "update": 1, "engine": steps["policy"]}[config.rollout.old_logprobs]
     if spared < steps["policy"] and not reused:
-        rows.append(Pass("old_logprobs", "policy forward: old log-probs", kept, 1.0 - spared / steps["policy"]))
+        rows.append(Pass("old_logprobs", "policy forward: old log-probs", KEPT, 1.0 - spared / steps["policy"]))
     epochs = config.policy.epochs
-    rows.append(trained("policy", "policy", epochs * steps["policy"], epochs))
+    rows.append(trained("policy", "policy", KEPT, epochs * steps["policy"], epochs))
     return rows
 
 

@@ -138,14 +138,15 @@ def test_head_buffers_are_counted_from_the_op(backward, tmp_path):
 
 
 def test_the_prms_op_makes_what_is_counted(tmp_path, monkeypatch):
-    """A buffer of dlogits, and for a sequence longer than a chunk a second float32 dW."""
+    """A buffer of dlogits, and for a sequence longer than a chunk a second float32 dW; the loss of prefixes needs
+    neither."""
     _, planned = model_of("qwen2", tmp_path)
     monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", "64")
     shape, tokens = replace(planned, hidden=64, vocabulary=3000), 300
     counted = [passes.head_buffers(shape, tokens, torch.float32, False, True, longest) for longest in (60, 64, 65)]
     assert counted[0] == counted[1] == counted[2] - 4 * 64 * 3000
     counts = []
-    for lengths in ([60] * 5, [300]):
+    for lengths, prefix in (([60] * 5, False), ([300], False), ([60] * 5, True), ([300], True)):
         hidden, weight = torch.randn(tokens, 64, requires_grad=True), torch.randn(3000, 64, requires_grad=True)
         numbers, cuts = torch.randn(tokens), torch.tensor([0, *lengths]).cumsum(0)
         row = torch.ones(len(lengths))
@@ -153,9 +154,9 @@ def test_the_prms_op_makes_what_is_counted(tmp_path, monkeypatch):
         with torch.no_grad(), Most([hidden, weight]) as made:
             implementation(
                 hidden, weight, None, torch.zeros(tokens, dtype=torch.int64), numbers, row, cuts, row,
-                beta=0.1, softcap=None, grads=grads,
+                row if prefix else None, beta=0.1, softcap=None, grads=grads,
             )  # fmt: skip
         counts.append(made.most)
-    for count, longest in zip(counts, (60, 300), strict=True):
+    for count, longest in zip(counts, (60, 300, None, None), strict=True):
         want = passes.head_buffers(shape, tokens, torch.float32, False, True, longest)
         assert 0.95 * want <= count <= 1.05 * want, (want, count)

@@ -266,6 +266,18 @@ def test_a_json_of_rates_does_too(tmp_path):
         measured("h100", str(tmp_path / "empty"))
 
 
+def test_what_the_prm_trains_on_besides_takes_its_time():
+    one, three, every = seconds(), seconds("prm.passes=3"), seconds("prm.rows=all")
+    assert three.phases["prm"] == pytest.approx(3 * one.phases["prm"])
+    assert {**three.phases, "prm": 0} == {**one.phases, "prm": 0}
+    for phase in ("reference", "prm"):
+        assert every.phases[phase] == pytest.approx(2 * one.phases[phase], rel=0.02)  # half of the groups pass
+    assert every.phases["policy"] == one.phases["policy"]
+    apart = "rollout.vllm={gpus: [8]}", "rollout.batch=1024"  # one engine, so that all of it hides behind the rollouts
+    early = [seconds(*apart, *more).beside for more in ((), ("prm.passes=3",), ("prm.rows=all",))]
+    assert early == pytest.approx([early[0]] * 3, rel=0.02) and early[0] > 0
+
+
 def test_what_runs_beside_the_rollouts_of_engines_of_their_own_is_not_added():
     def apart(*overrides):
         return seconds("rollout.vllm={gpus: [8, 9, 10, 11]}", *overrides)

@@ -34,6 +34,8 @@ def published(monkeypatch):
         (["prime.update=before"], 1 + 4 + 1 + 3 / 4 + 4),
         (["prime.reference=policy"], 4 + 1 + 4),  # the policy's forward serves as reference and as old log-probs
         (["prime.process_weight=0"], 3 / 4 + 4),
+        (["prm.passes=3"], 1 + 12 + 3 / 4 + 4),
+        (["prm.rows=all"], 3 / 4 + 4),  # reference and PRM run over every response
     ],
 )
 def test_passes_per_step(overrides, units, published):
