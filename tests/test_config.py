@@ -91,6 +91,9 @@ def test_a_mistake_is_one_sentence_with_the_fix(override, config_file):
     assert "\n" not in str(caught.value)
 
 
+ONE = ["rollout.samples=1", "prime.estimator=reinforce"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "fix"),
     [
@@ -98,6 +101,17 @@ def test_a_mistake_is_one_sentence_with_the_fix(override, config_file):
         (["prime.reference=policy", "rollout.old_logprobs=engine"], "set rollout.old_logprobs=recompute"),
         (["rollout.top_p=0.9", "rollout.old_logprobs=engine"], "set rollout.old_logprobs=update, or rollout.top_p=1"),
         (["prime.reference=policy", "policy.kl_coef=0.1"], "set prime.reference=sft"),
+        (
+            ["prm.rows=all", "prime.process_weight=0"],
+            "no effect with prime.process_weight=0, .*set prm.rows=kept",
+        ),
+        (
+            ["prm.passes=2", "prime.update=none", "model.prm=x"],
+            "no effect with prime.update=none, .*set prm.passes=1,",
+        ),
+        (["prm.warmup_steps=3", "prime.process_weight=0"], "set prm.warmup_steps=0, or train one"),
+        (["prm.warmup_steps=100"], "the first of steps=100 and leave none that trains the policy; raise steps"),
+        (["prm.loss=prefix", *ONE, "rollout.keep=[0, 1]"], "set rollout.samples to 2 or more, or prm.loss=response"),
     ],
 )
 def test_contradictions_are_refused(overrides, fix, config_file):
@@ -110,9 +124,6 @@ def test_an_alias_is_a_copy(tmp_path):
     path.write_text("run_dir: out\nmodel: {policy: some/model}\npolicy: &same {lr: 1e-4}\nprm: *same\nlog:\n")
     config = load_config(path, ["prm.lr=2e-4"])
     assert (config.policy.lr, config.prm.lr) == (1e-4, 2e-4)
-
-
-ONE = ["rollout.samples=1", "prime.estimator=reinforce"]
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from engines import needs_vllm
 from faulty_steps import changed, weights
 from test_trainer import groups_of, make_trainer
 
-from prime_fast import passes
+from prime_fast import passes, prime
 from prime_fast.engine.batch import Batch
 from prime_fast.engine.distributed import Stop
 from prime_fast.rollout import failures
 from prime_fast.rollout.hf import HFEngine
 
 
-def made(trainer, groups, *, waves, eager=None, planned=None):
+def made(trainer, groups, *, waves, eager=None, planned=None, others=()):
     """Scored, the PRM's weights after it, how many micro-batches were made before the last group was there."""
     stream = trainer._stream(1, planned or len(groups), waves)
     early = 0
@@ -24,7 +24,7 @@ def made(trainer, groups, *, waves, eager=None, planned=None):
         while eager and eager.random() < 0.7 and stream.work():
             early += 1
         stream.put(group)
-    return stream.finish(), weights(trainer.prm), early
+    return stream.finish(others), weights(trainer.prm), early
 
 
 def same(one, other):
@@ -36,17 +36,27 @@ def same(one, other):
     assert scored.updates == again.updates and not changed(moved, moved_again)
 
 
-@pytest.mark.parametrize("update", ["after", "none"])
-def test_early_or_late_gives_the_same_bits(update, other_prm, configure, device):
+def kept_and_dropped(trainer):
+    groups, _, fresh = trainer.collector.collect(trainer.phases)
+    return groups, trainer._for_the_prm_alone(groups, fresh)
+
+
+MORE = ["prm.loss=prefix", "prm.rows=all", "prm.passes=2", "rollout.keep=[0.3, 0.5]"]
+
+
+@pytest.mark.parametrize("options", [[], ["prime.update=none"], MORE], ids=" ".join)
+def test_early_or_late_gives_the_same_bits(options, other_prm, configure, device):
     seed, results = random.randrange(1 << 30), []
     for eager in (None, random.Random(seed), random.Random(seed + 1)):
-        settings = [other_prm, f"prime.update={update}", "rollout.prompts=12", "rollout.temperature=0.7"]
+        settings = [other_prm, *options, "rollout.prompts=12", "rollout.temperature=0.7"]
         trainer = make_trainer(configure(*settings, "prm.mini_batch=24"), device)
-        results.append(made(trainer, groups_of(trainer), waves=True, eager=eager))
+        groups, others = kept_and_dropped(trainer)
+        results.append(made(trainer, groups, waves=True, eager=eager, others=others))
         trainer.close()
     assert len(results[0][0].ref_logprob) == 2 and (results[0][0].score != 0).all()
-    if update == "after":
-        assert results[0][0].updates.applied == 2
+    if "prime.update=none" not in options:
+        steps = 2 if not options else 2 * (2 + max(1, round(len(others) / 6)))
+        assert results[0][0].updates.applied == steps
     for other in results[1:]:
         assert other[2] > 2, seed
         same(results[0], other)
@@ -84,6 +94,41 @@ def test_rows_of_a_mini_batch_cut_short_weigh_what_they_would_in_a_whole_one(oth
         trainer.close()
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
     assert results[1].grad_norm == pytest.approx(results[0].grad_norm / 2, rel=1e-4)
+
+
+def test_further_passes_and_dropped_groups_come_after_the_scores(other_prm, configure, device):
+    """The same bits as of one stream after another: kept groups, dropped ones, and both once more."""
+    trainer = make_trainer(configure(other_prm, *MORE, "prm.mini_batch=8"), device)
+    groups, others = kept_and_dropped(trainer)
+    assert others and not {group.id for group in others} & {group.id for group in groups}
+    assert all(not 0.3 <= sum(group.outcomes) / 4 <= 0.5 for group in others)
+    scored, after, _ = made(trainer, groups, waves=False, others=others)
+    trainer.close()
+    trainer = make_trainer(configure(other_prm, *MORE[:1], "prm.mini_batch=8"), device)
+    parts = [trainer._given(1, part).finish() for part in (groups, others) * 2]
+    assert torch.equal(parts[0].logprob, scored.logprob) and torch.equal(parts[0].score, scored.score)
+    assert torch.equal(parts[0].ref_logprob[1.0], scored.ref_logprob[1.0])
+    assert not changed(after, weights(trainer.prm))
+    made_, losses = zip(*((part.updates.made, part.updates.loss) for part in parts), strict=True)
+    assert scored.updates.made == scored.updates.applied == sum(made_) and min(made_) > 1
+    first = (losses[0] * made_[0] + losses[1] * made_[1]) / (made_[0] + made_[1])
+    assert scored.updates.loss == pytest.approx(first) and losses[2] < losses[0]
+    trainer.close()
+
+
+def test_the_loss_of_prefixes_is_that_of_its_log_probs(other_prm, configure, device):
+    """With the log-odds of each group's own mean outcome, whatever groups are packed together."""
+    trainer = make_trainer(configure(other_prm, "prm.loss=prefix", "prm.lr=0", "prm.mini_batch=1000"), device)
+    groups = groups_of(trainer)
+    scored, _, _ = made(trainer, groups, waves=True)
+    batch = Batch.of(groups)
+    rows = batch.outcome, batch.cu_seqlens
+    odds = prime.prm_intercept(batch.outcome, batch.group)
+    want = prime.prm_loss(scored.logprob, scored.ref_logprob[1.0], *rows, kind="prefix", intercept=odds)
+    assert scored.updates.loss == pytest.approx(want.item(), rel=1e-5)
+    plain = prime.prm_loss(scored.logprob, scored.ref_logprob[1.0], *rows)
+    assert abs(plain.item() - want.item()) > 1e-3
+    trainer.close()
 
 
 def test_it_is_the_plain_passes(other_prm, configure, device):

@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -174,10 +175,17 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
     assert kept == sorted({"step-000003", "step-000004", checkpoint.best(killed).name})
 
 
-@pytest.mark.parametrize("mini_batch", [12, 1], ids=["several rows", "one row a step, so that a rank idles"])
-def test_two_ranks_do_the_same_as_one(mini_batch, workspace, tmp_path):
+RANKS = {
+    "several rows": ["policy.mini_batch=12", "prm.mini_batch=12"],
+    "one row a step, so that a rank idles": ["policy.mini_batch=1", "prm.mini_batch=1"],
+    "all that trains a PRM": ["prm.loss=prefix", "prm.rows=all", "prm.passes=2", "rollout.keep=[0.3, 0.5]"],
+}
+
+
+@pytest.mark.parametrize("case", RANKS)
+def test_two_ranks_do_the_same_as_one(case, workspace, tmp_path):
     """All weights' updates agree to 0.1% in norm: float32 sums in another order, amplified by AdamW's division."""
-    overrides = ["steps=1", f"policy.mini_batch={mini_batch}", f"prm.mini_batch={mini_batch}"]
+    overrides = ["steps=1", *RANKS[case]]
     records = run(workspace, tmp_path / "one", *overrides)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'two'}", *overrides]
@@ -194,6 +202,58 @@ def test_two_ranks_do_the_same_as_one(mini_batch, workspace, tmp_path):
         update = sum((left[key] - start[key]).square().sum() for key in start) ** 0.5
         difference = sum((left[key] - right[key]).square().sum() for key in start) ** 0.5
         assert difference / update < 1e-3, name
+
+
+def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspace, tmp_path):
+    """Amid the steps that train it alone. These count as steps; the policy's schedule begins after them."""
+    settings = ["steps=3", "prm.warmup_steps=2", "prm.loss=prefix", "prm.rows=all", "prm.passes=2"]
+    settings += ["rollout.keep=[0.3, 0.5]", "policy.schedule=linear", "log.checkpoint_every=1", "log.keep=3"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    _, *records = run(workspace, whole, *settings)
+    start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
+
+    def moved(model, step):
+        now = AutoModelForCausalLM.from_pretrained(whole / "checkpoints" / f"step-{step:06d}" / model).state_dict()
+        return any(not torch.equal(now[key], start[key]) for key in start)
+
+    for step, record in enumerate(records, 1):
+        assert record["step"] == step and record["skipped"] == 0 and record["prm_applied"] == record["prm_updates"]
+        assert ("policy_loss" in record) == moved("policy", step) == (step == 3) and moved("prm", step)
+        assert record["prm_updates"] >= 2 * (1 + (record["groups"] < record["rollouts"] / 4))
+    assert [record["rollouts"] for record in records] == sorted({record["rollouts"] for record in records})
+    assert records[2]["policy_lr"] == 1e-3 and records[0]["prm_pair_accuracy"] is not None
+    shutil.copytree(whole, again)
+    (again / "checkpoints" / "latest").write_text("step-000001")
+    assert stable(run(workspace, again, *settings, resume=True))[1:] == stable(records)
+    for name in ("policy", "prm"):
+        expected, got = weights(whole, name), weights(again, name)
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_dropped_groups_train_the_prm_where_none_is_kept(configure, device):
+    settings = ["prm.rows=all", "prm.warmup_steps=1", "rollout.keep=[0.99, 1]", "rollout.max_rounds=1"]
+    trainer = make_trainer(configure(*settings), device)
+    policy, prm = dict(trainer.policy.weights()), dict(trainer.prm.weights())
+    for step, skipped in ((1, 0), (2, 1)):  # the first trains the PRM alone in any case
+        before = {name: tensor.clone() for name, tensor in trainer.prm.weights()}
+        record = trainer.step(step)
+        assert record["groups"] == 0 and record["prm_applied"] == 2 and record["skipped"] == skipped
+        assert trainer.moved == {"prm"} and trainer.counts["updates"] == 0
+        assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.prm.weights())
+    assert "no group has a mean outcome" in record["skip_reason"] and trainer.counts["empty_in_a_row"] == 1
+    assert all(torch.equal(policy[name], tensor) for name, tensor in trainer.policy.weights())
+    assert trainer.rollout.version == 0 and prm.keys() == policy.keys()
+    trainer.close()
+
+
+def test_truncated_groups_that_are_filtered_train_nothing(configure, device):
+    trainer = make_trainer(configure("prm.rows=all", "rollout.filter_truncated=true", "rollout.max_rounds=1"), device)
+    groups, record, fresh = trainer.collector.collect(trainer.phases)
+    others = trainer._for_the_prm_alone(groups, fresh)
+    truncated = [group.id for group in fresh if any(sample.truncated for sample in group.samples)]
+    assert truncated and not set(truncated) & {group.id for group in others}
+    assert len(fresh) == len(groups) + len(trainer.collector.surplus) + len(truncated) + len(others)
+    trainer.close()
 
 
 def groups_of(trainer):
@@ -294,6 +354,7 @@ OPTIONS = [
     ["rollout.old_logprobs=engine", "rollout.temperature=0.7", "rollout.max_rounds=1"],
     ["rollout.old_logprobs=recompute"],
     ["rollout.importance_cap=0", "policy.mini_batch=1000"],
+    ["prm.rows=all", "prm.passes=2", "prime.update=before"],
     ["policy.mini_batch=1000", "prm.mini_batch=1000", "model.recompute=attention-saved"],
 ]
 
