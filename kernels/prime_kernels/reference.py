@@ -77,8 +77,8 @@ def prm_row_gradient(score: Tensor, outcome: Tensor) -> Tensor:
 def prm_prefix_logit(log_ratio: Tensor, intercept: Tensor, cu_seqlens: Tensor, beta: float) -> Tensor:
     """(T,) float64: intercept_i + beta * S_t, S_t the sum of row i's log_ratio (T,) up to and including token t."""
     row, to_end = places(cu_seqlens, len(log_ratio))
-    lengths = cu_seqlens.diff()[row]
-    sums = suffix_sum(log_ratio.double().flip(0), (lengths - to_end + 1).flip(0)).flip(0)
+    from_start = cu_seqlens.diff()[row] - to_end + 1
+    sums = suffix_sum(log_ratio.double().flip(0), from_start.flip(0), longest=len(row)).flip(0)
     return intercept.double()[row] + beta * sums
 
 
@@ -92,7 +92,7 @@ def prm_prefix_gradient(logit: Tensor, outcome: Tensor, cu_seqlens: Tensor, beta
     """(T,) float64: the derivative of a row's prm_prefix_loss in each of its log-ratios, a sum over those after it."""
     row, to_end = places(cu_seqlens, len(logit))
     error = prm_row_gradient(logit, outcome.double()[row])
-    return beta * suffix_sum(error, to_end) / cu_seqlens.diff()[row]
+    return beta * suffix_sum(error, to_end, longest=len(row)) / cu_seqlens.diff()[row]
 
 
 def places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -136,12 +136,13 @@ def advantage(
     return Advantage(result.to(dtype), (beta * q).to(dtype), (beta * segment_sum(q, cu_seqlens)).to(dtype))
 
 
-def suffix_sum(x: Tensor, to_end: Tensor, gamma: float = 1.0) -> Tensor:
-    """sum over s >= t of gamma^(s-t) x_s within each row, by doubling: log2(longest row) passes.
+def suffix_sum(x: Tensor, to_end: Tensor, gamma: float = 1.0, longest: int | None = None) -> Tensor:
+    """sum over s >= t of gamma^(s-t) x_s within each row, by doubling: log2(longest row) passes. longest: as many
+    tokens as a row has at most, or more; without, a GPU is asked and waited for.
 
     A token meets only its own row, at distances from itself: the bits do not depend on how rows are packed.
     """
-    x, step, longest = x.clone(), 1, to_end.max().item() if len(to_end) else 0
+    x, step, longest = x.clone(), 1, to_end.max().item() if longest is None else longest
     while step < longest:
         x[:-step] += (x[step:] * gamma**step).masked_fill_(to_end[:-step] <= step, 0)
         step *= 2
