@@ -146,22 +146,13 @@ class Trainer:
         """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so.
 
         stream: has been given the groups of the batch. Without one, and while the PRM warms up, the policy stays as it
-        is. others: groups that the PRM alone trains on.
+        is; the credit is calibrated all the same. others: groups that the PRM alone trains on.
         """
-        config, phases = self.config, self.phases
+        config, phases, warmup = self.config, self.phases, self.config.prm.warmup_steps
         scored = stream.finish(others)
         self._note_prm(step, scored, batch)
-        if batch is None or step <= config.prm.warmup_steps:
+        if batch is None:
             return _lost({"PRM": scored.updates})
-        shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        budget, attention = config.engine.micro_tokens, self.policy.attention
-        work = {"attention": attention, "sequence_parallel": config.engine.sequence_parallel}
-        epochs = [
-            passes.split(batch, config.policy.mini_batch, budget, shuffle, **work) for _ in range(config.policy.epochs)
-        ]
-        efficiency = passes.efficiency(batch, epochs[0], attention)
-        self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}
-        temperature = config.rollout.temperature
         ref_logprob, prm_logprob = scored.ref_logprob, scored.logprob
         if self.prm is not None and config.prime.update == "before":
             with phases("prm"):
@@ -173,10 +164,20 @@ class Trainer:
             base = None if prm_logprob is None else base
             advantage, told = self.credit.advantage(batch, prm_logprob, base, self.device)
         self.record |= told
+        if step <= warmup:
+            return _lost({"PRM": scored.updates})
+        shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        budget, attention = config.engine.micro_tokens, self.policy.attention
+        work = {"attention": attention, "sequence_parallel": config.engine.sequence_parallel}
+        epochs = [
+            passes.split(batch, config.policy.mini_batch, budget, shuffle, **work) for _ in range(config.policy.epochs)
+        ]
+        efficiency = passes.efficiency(batch, epochs[0], attention)
+        self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}
+        temperature = config.rollout.temperature
         with phases("old_logprobs"):
             old_logprob, own_first = self._old_logprob(batch, epochs, ref_logprob)
         with phases("policy"):
-            warmup = config.prm.warmup_steps
             lr = learning_rate(config.policy, step - warmup, config.steps - warmup)
             result = passes.train_policy(
                 self.policy,
