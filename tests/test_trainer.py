@@ -233,9 +233,9 @@ def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspac
 
 
 def test_dropped_groups_train_the_prm_where_none_is_kept(configure, device):
-    settings = ["prm.rows=all", "prm.warmup_steps=1", "rollout.keep=[0.99, 1]", "rollout.max_rounds=1"]
+    settings = ["prm.rows=all", "prm.warmup_steps=1", "rollout.keep=[0.6, 0.7]", "rollout.max_rounds=1"]
     trainer = make_trainer(configure(*settings), device)
-    policy, prm = dict(trainer.policy.weights()), dict(trainer.prm.weights())
+    policy = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
     for step, skipped in ((1, 0), (2, 1)):  # the first trains the PRM alone in any case
         before = {name: tensor.clone() for name, tensor in trainer.prm.weights()}
         record = trainer.step(step)
@@ -244,7 +244,7 @@ def test_dropped_groups_train_the_prm_where_none_is_kept(configure, device):
         assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.prm.weights())
     assert "no group has a mean outcome" in record["skip_reason"] and trainer.counts["empty_in_a_row"] == 1
     assert all(torch.equal(policy[name], tensor) for name, tensor in trainer.policy.weights())
-    assert trainer.rollout.version == 0 and prm.keys() == policy.keys()
+    assert trainer.rollout.version == 0
     trainer.close()
 
 
