@@ -98,7 +98,7 @@ def test_without_checkpointing_the_head_comes_on_top_of_all_activations():
     buffers = 2.03 + 2.03 + 0.11 + 0.1  # logits and dlogits, dW, dX, rows scaled
     assert sizes["prm: LM-head buffers"] == pytest.approx(buffers, rel=0.01)
     in_head, *_ = seven("model.recompute=none", "prm.loss=prefix").moments["prm"]
-    ahead = 1024 * (152064 * 2 + 3584 * 6) / GIB  # which the loss of prefixes does not work
+    ahead = 1024 * (152064 * 2 + 3584 * 6) / GIB  # rows of dlogits that the loss of whole responses makes ahead
     (found,) = (item.size / GIB for item in in_head if item.name == "prm: LM-head buffers")
     assert found == pytest.approx(sizes["prm: LM-head buffers"] - ahead, rel=0.001)
 
