@@ -162,9 +162,9 @@ class PolicyConfig(OptimizerConfig):
 class PrmConfig(OptimizerConfig):
     lr: Rate = 1e-6
     grad_clip: Rate = 10.0
-    # cross-entropy of the outcome given the whole response | the mean over its prefixes, each on top of the log-odds of
-    # the group's mean outcome (arXiv 2604.13197)
-    loss: Literal["response", "prefix"] = "response"
+    # cross-entropy of the outcome given the whole response | that on top of the log-odds of the group's mean outcome, so
+    # that log-ratios tell responses to a prompt apart | the latter at every prefix (arXiv 2604.13197)
+    loss: Literal["response", "centered", "prefix"] = "response"
     rows: Literal["kept", "all"] = "kept"  # all: then also on the groups that rollout.keep drops; they give no scores
     passes: Positive = 1  # over a step's rows; scores are of the first, but with prime.update=before
     warmup_steps: NotNegative = 0  # first ones of the run's steps, which train the PRM alone
@@ -326,10 +326,10 @@ def _check_prm(config: Config) -> None:
                 f"prm.{key}={getattr(prm, key)} has no effect with {what}, which trains no PRM; set prm.{key}="
                 f"{getattr(defaults, key)}, or train one"
             )
-    if prm.loss == "prefix" and config.rollout.samples == 1:
+    if prm.loss != "response" and config.rollout.samples == 1:
         raise ValueError(
-            "prm.loss=prefix starts from a group's mean outcome, which with rollout.samples=1 is the outcome itself; "
-            "set rollout.samples to 2 or more, or prm.loss=response"
+            f"prm.loss={prm.loss} starts from a group's mean outcome, which with rollout.samples=1 is the outcome "
+            "itself; set rollout.samples to 2 or more, or prm.loss=response"
         )
     if prm.warmup_steps >= config.steps:
         raise ValueError(

@@ -122,8 +122,9 @@ def train_prm_pack(
     beta: float,
     row_weight: Tensor,
     intercept: Tensor | None,
+    every_prefix: bool,
 ) -> prime_kernels.PrmLoss:
-    """Forward and backward of row_weight * cross-entropy of sigmoid(beta * Q) and the outcome; with an intercept the
+    """Forward and backward of row_weight * cross-entropy of sigmoid(intercept + beta * Q) and the outcome, or of the
     mean of those of all prefixes (prime_kernels.linear_prm_loss).
 
     ref_logprob (T,), outcome, row_weight and intercept (R,) are of the whole batch; the result is of the pack.
@@ -133,6 +134,7 @@ def train_prm_pack(
         partial(
             engine.sequence_group.linear_prm_loss,
             beta=beta,
+            every_prefix=every_prefix,
             **{name: None if x is None else pack.select_rows(x) for name, x in rows.items()},
         ),
         pack.targets,

@@ -38,24 +38,27 @@ def prm_loss(
     kind="dpo" (detached DPO, verl-recipe 48ea0a79) is -log sigmoid(s * (beta * Q - other)), s = +1 if outcome > 0, else
     -1, other the detached mean of beta * Q over the group's rows of smaller outcome (s = +1) or of larger (s = -1), 0
     if there are none;
+    kind="centered" is BCE(sigmoid(intercept + beta * Q), outcome);
     kind="prefix" (arXiv 2604.13197) is the mean over a row's tokens t of BCE(sigmoid(intercept + beta * S_t), outcome),
     S_t the sum up to and including t.
 
     prm_logprob, ref_logprob: (T,) float, nats; outcome: (R,) float in 0..1; cu_seqlens: (R+1,) int32 or int64, no empty
-    row; group: (R,) int64, only for "dpo"; intercept: (R,) float, only for "prefix", see `prm_intercept`. Returns a
-    scalar in the dtype of prm_logprob. Raises ValueError for another kind, for "dpo" without group and for "prefix"
-    without intercept.
+    row; group: (R,) int64, only for "dpo"; intercept: (R,) float, for "centered" and "prefix", see `prm_intercept`.
+    Returns a scalar in the dtype of prm_logprob. Raises ValueError for another kind, for "dpo" without group and for
+    those two without intercept.
     """
+    if kind in ("centered", "prefix") and intercept is None:
+        raise ValueError(f"kind={kind!r} starts from a log-odds of each row: pass intercept, as of prm_intercept")
     if kind == "prefix":
-        if intercept is None:
-            raise ValueError("kind='prefix' starts from a log-odds of each row: pass intercept, as of prm_intercept")
         logit = prm_prefix_logit(prm_logprob - ref_logprob, intercept, cu_seqlens, beta)
         return prm_prefix_loss(logit, outcome, cu_seqlens).mean().to(prm_logprob.dtype)
     score = beta * segment_sum(prm_logprob - ref_logprob, cu_seqlens)
+    if kind == "centered":
+        return prm_row_loss(intercept.to(score.dtype) + score, outcome.to(score.dtype)).mean()
     if kind == "ce":
         return prm_row_loss(score, outcome.to(score.dtype)).mean()
     if kind != "dpo":
-        raise ValueError(f"kind is {kind!r}, needs 'ce', 'dpo' or 'prefix'")
+        raise ValueError(f"kind is {kind!r}, needs 'ce', 'dpo', 'centered' or 'prefix'")
     if group is None:
         raise ValueError("kind='dpo' compares rows of a group: pass group, the id of each row's prompt")
     good = outcome > 0

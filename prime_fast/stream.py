@@ -51,7 +51,7 @@ class Passes(NamedTuple):
     lr: float
     micro_tokens: int
     mini_batch: int  # rows per optimizer step of the PRM
-    prefix: bool = False  # train it on the outcome at every prefix, not of the response alone
+    loss: str = "response"  # PrmConfig.loss
     epochs: int = 1  # its passes over the rows
 
 
@@ -187,7 +187,9 @@ class Stream:
             if what.reference is not None:
                 self.jobs += [("reference", partial(self._refer, wave, micro)) for micro in wave.micros]
             if trains:
-                odds = prime.prm_intercept(batch.outcome, batch.group).to(prm.device) if what.prefix else None
+                odds = (
+                    prime.prm_intercept(batch.outcome, batch.group).to(prm.device) if what.loss != "response" else None
+                )
                 make = partial(self._train, wave, row_weight=zeros(rows) + weight, intercept=odds)
                 self.jobs += [("prm", partial(make, micro, first=True)) for micro in wave.micros]
                 self.again += [("prm", partial(make, micro, first=False)) for micro in wave.micros]
@@ -215,7 +217,7 @@ class Stream:
         prm = self.what.prm
         pack = passes.pack_here(wave.batch, micro, prm)
         outcome, ref_logprob = wave.batch.outcome.to(prm.device), wave.ref_logprob[1.0]
-        rows = {"row_weight": row_weight, "intercept": intercept}
+        rows = {"row_weight": row_weight, "intercept": intercept, "every_prefix": self.what.loss == "prefix"}
         result = passes.train_prm_pack(prm, pack, ref_logprob, outcome, beta=self.what.beta, **rows)
         self.loss += result.loss.detach()
         if first:

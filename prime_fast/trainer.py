@@ -332,7 +332,7 @@ class Trainer:
             lr=learning_rate(config.prm, step, config.steps),
             micro_tokens=config.engine.micro_tokens,
             mini_batch=config.prm.mini_batch,
-            prefix=config.prm.loss == "prefix",
+            loss=config.prm.loss,
             epochs=config.prm.passes,
         )
         return Stream(what, self.phases, groups, config.rollout.samples, waves=waves)

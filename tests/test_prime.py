@@ -161,7 +161,8 @@ def test_prefix(batch):
 def test_the_prefix_loss_of_single_tokens_with_even_odds_is_the_plain_one():
     q, outcome = tensor([3.0, -2.0, 0.1]), tensor([1.0, 0.0, 0.3])
     args = q, torch.zeros_like(q), outcome, torch.tensor([0, 1, 2, 3])
-    torch.testing.assert_close(prm_loss(*args, kind="prefix", intercept=torch.zeros(3)), prm_loss(*args))
+    for kind in ("centered", "prefix"):
+        torch.testing.assert_close(prm_loss(*args, kind=kind, intercept=torch.zeros(3)), prm_loss(*args))
 
 
 def test_dpo_without_an_opposite_is_a_plain_log_sigmoid():
@@ -174,9 +175,10 @@ def test_dpo_without_an_opposite_is_a_plain_log_sigmoid():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"kind": "nca"}, "kind is 'nca', needs 'ce', 'dpo' or 'prefix'"),
+        ({"kind": "nca"}, "kind is 'nca', needs 'ce', 'dpo', 'centered' or 'prefix'"),
         ({"kind": "dpo"}, "pass group"),
         ({"kind": "prefix"}, "pass intercept"),
+        ({"kind": "centered"}, "pass intercept"),
     ],
 )
 def test_prm_loss_errors(kwargs, message):

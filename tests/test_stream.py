@@ -116,15 +116,16 @@ def test_further_passes_and_dropped_groups_come_after_the_scores(other_prm, conf
     trainer.close()
 
 
-def test_the_loss_of_prefixes_is_that_of_its_log_probs(other_prm, configure, device):
+@pytest.mark.parametrize("kind", ["centered", "prefix"])
+def test_a_loss_on_top_of_odds_is_that_of_its_log_probs(kind, other_prm, configure, device):
     """With the log-odds of each group's own mean outcome, whatever groups are packed together."""
-    trainer = make_trainer(configure(other_prm, "prm.loss=prefix", "prm.lr=0", "prm.mini_batch=1000"), device)
+    trainer = make_trainer(configure(other_prm, f"prm.loss={kind}", "prm.lr=0", "prm.mini_batch=1000"), device)
     groups = groups_of(trainer)
     scored, _, _ = made(trainer, groups, waves=True)
     batch = Batch.of(groups)
     rows = batch.outcome, batch.cu_seqlens
     odds = prime.prm_intercept(batch.outcome, batch.group)
-    want = prime.prm_loss(scored.logprob, scored.ref_logprob[1.0], *rows, kind="prefix", intercept=odds)
+    want = prime.prm_loss(scored.logprob, scored.ref_logprob[1.0], *rows, kind=kind, intercept=odds)
     assert scored.updates.loss == pytest.approx(want.item(), rel=1e-5)
     plain = prime.prm_loss(scored.logprob, scored.ref_logprob[1.0], *rows)
     assert abs(plain.item() - want.item()) > 1e-3

@@ -128,7 +128,7 @@ OPS = {
     "linear_prm_loss": Op(
         HEAD_AXES
         | {"vectors": checks.REAL, "offsets": checks.OFFSETS, "with_row_weight": (False, True), "beta": (0.05, 1.0)}
-        | {"with_intercept": (False, True)},
+        | {"with_intercept": (False, True), "every_prefix": (False, True)},
         HEAD
         | {"ref_logprob": per_token, "outcome": per_row, "cu_seqlens": offsets}
         | {"row_weight": given("with_row_weight", per_row), "intercept": given("with_intercept", per_row)},

@@ -224,7 +224,7 @@ def policy_loss(
 
 def prm_loss(
     rows_type, hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, intercept,
-    *, beta, softcap, grads,
+    *, beta, softcap, every_prefix, grads,
 ):  # fmt: skip
     """-> PrmLoss, and the gradients of hidden, weight and bias, None where `grads` is False.
 
@@ -232,10 +232,10 @@ def prm_loss(
     end. So one-hot - p is made at once, of sequences end to end, and the coefficient scales the small operands: dX, and
     the hidden states of dW. The parts of dW of a sequence longer than the buffer are summed apart until it is known.
 
-    With an intercept every token has a coefficient of its own, and that of the first waits for the last: the buffer
+    With every_prefix each token has a coefficient of its own, and that of the first waits for the last: the buffer
     takes whole sequences, and of a longer one all log-probs come first, so that its logits are computed twice.
     """
-    head = Head(rows_type, hidden, weight, bias, 1.0, softcap, grads, ahead=intercept is None)
+    head = Head(rows_type, hidden, weight, bias, 1.0, softcap, grads, ahead=not every_prefix)
     ref_logprob, outcome, row_weight, intercept = map(_float, (ref_logprob, outcome, row_weight, intercept))
     logprob, score, loss = head.new(), torch.empty_like(outcome), torch.empty_like(outcome)
     cuts, offsets, step = cu_seqlens.tolist(), cu_seqlens.to(hidden.device), head.kernel.logit_rows
@@ -245,7 +245,9 @@ def prm_loss(
         tokens, inner = slice(cuts[rows.start], cuts[rows.stop]), offsets[rows.start : rows.stop + 1] - cuts[rows.start]
         one = None if intercept is None else intercept[rows]
         log_ratio = logprob[tokens] - ref_logprob[tokens]
-        score[rows], loss[rows], scale = judged(log_ratio, outcome[rows], row_weight[rows], one, inner, beta)
+        score[rows], loss[rows], scale = judged(
+            log_ratio, outcome[rows], row_weight[rows], one, inner, beta, every_prefix
+        )
         return scale
 
     def result() -> tuple[PrmLoss, tuple]:
@@ -255,7 +257,7 @@ def prm_loss(
         head.forward(slice(0, len(hidden)), targets, logprob)
         judge(slice(0, len(outcome)))
         return result()
-    if intercept is not None:
+    if every_prefix:
         for row, end, start, stop in whole_rows(cuts, head.room):
             fits = stop - start <= head.room
             head.forward(slice(start, stop), targets, logprob, gradient=Upstream() if fits else None)

@@ -90,6 +90,7 @@ def linear_prm_loss(
     beta: float = 0.05,
     row_weight: Tensor | None = None,
     intercept: Tensor | None = None,
+    every_prefix: bool = False,
     backend: str | None = None,
 ) -> PrmLoss:
     """The implicit PRM's cross-entropy on a linear LM head: loss = sum(row_weight * BCE(sigmoid(beta * Q), outcome)),
@@ -100,10 +101,10 @@ def linear_prm_loss(
     a large beta * Q keeps its gradient). Every token's logprob has the gradient row_weight * beta * (sigmoid(beta * Q)
     - outcome). Temperature is 1. `linear_logprob` describes hidden, weight, targets, bias and softcap.
 
-    With an intercept the loss of row i is, at every prefix instead of the whole response, the mean over its tokens t of
-    BCE(sigmoid(intercept_i + beta * S_t), outcome), S_t the sum of logprob - ref_logprob up to and including t
-    (arXiv 2604.13197, which takes the logit of the group's mean outcome). A token's logprob then has the gradient
-    row_weight * beta / length * sum of sigmoid - outcome from it on.
+    An intercept, such as the log-odds of a group's mean outcome, is what the log-ratios add to: sigmoid(intercept_i +
+    beta * Q_i). With every_prefix the loss of row i is the mean over its tokens t of BCE(sigmoid(intercept_i +
+    beta * S_t), outcome), S_t the sum of logprob - ref_logprob up to and including t (arXiv 2604.13197); a token's
+    logprob then has the gradient row_weight * beta / length * sum of sigmoid - outcome from it on.
 
     Args:
         ref_logprob: (N,) float32 or float64 in nats.
@@ -111,13 +112,13 @@ def linear_prm_loss(
         cu_seqlens: (R+1,) int32 or int64, 0, ..., N: row i is cu_seqlens[i] to cu_seqlens[i+1] - 1, one token or more.
             The host reads it; on the CPU, with the rest on a GPU, that costs no synchronisation.
         row_weight: (R,) float32 or float64; None for 1 / R. beta: above 0.
-        intercept: (R,) float32 or float64, a log-odds; None for the loss of whole responses.
+        intercept: (R,) float32 or float64, log-odds; None for 0.
 
     Returns PrmLoss: loss (), differentiable in hidden, weight and bias; detached: logprob (N,), score (R,) = beta * Q.
     float32 (float64 for float64 inputs).
 
     The gradients are computed here, as in `linear_policy_loss`. A row longer than a chunk costs a second (V, H)
-    float32 sum; in the torch back-end, and with an intercept in all, its logits twice.
+    float32 sum; in the torch back-end, and with every_prefix in all, its logits twice.
     Errors as `linear_logprob`, and ValueError naming an empty row.
     """
     checks.head(hidden, weight, targets, bias, 1.0, softcap)
@@ -133,7 +134,7 @@ def linear_prm_loss(
     checks.positive("beta", beta)
     loss, logprob, score, *_ = _prm_loss(
         hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, intercept,
-        beta, softcap, _wanted(hidden, weight, bias), backend,
+        beta, softcap, every_prefix, _wanted(hidden, weight, bias), backend,
     )  # fmt: skip
     return PrmLoss(loss, logprob, score)
 
@@ -192,6 +193,7 @@ def _prm_loss(
     intercept: Tensor | None,
     beta: float,
     softcap: float | None,
+    every_prefix: bool,
     grads: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -199,7 +201,7 @@ def _prm_loss(
     checks.rows(cuts, len(targets))
     result, gradients = resolve("linear_prm_loss", backend, (hidden, weight))(
         hidden, weight, bias, targets.contiguous(), ref_logprob, outcome, cuts, row_weight, intercept,
-        beta=beta, softcap=softcap, grads=grads,
+        beta=beta, softcap=softcap, every_prefix=every_prefix, grads=grads,
     )  # fmt: skip
     return *result, *(hidden.new_empty(0) if g is None else g for g in gradients)
 

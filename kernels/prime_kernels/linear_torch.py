@@ -198,8 +198,9 @@ def policy_result(
 
 
 def prm_loss(
-    hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, intercept, *, beta, softcap, grads
-) -> tuple[PrmLoss, tuple]:
+    hidden, weight, bias, targets, ref_logprob, outcome, cu_seqlens, row_weight, intercept,
+    *, beta, softcap, every_prefix, grads,
+) -> tuple[PrmLoss, tuple]:  # fmt: skip
     """-> PrmLoss, and the gradients of hidden, weight and bias, None where `grads` is False.
 
     A chunk holds whole rows, so their coefficients are known while its probabilities still exist; only a row longer
@@ -222,6 +223,7 @@ def prm_loss(
             None if intercept is None else intercept[first:last],
             cuts[first : last + 1] - start,
             beta,
+            every_prefix,
         )
         if any(grads):
             for rows in pieces:
@@ -232,12 +234,20 @@ def prm_loss(
 
 
 def judged(
-    log_ratio: Tensor, outcome: Tensor, row_weight: Tensor, intercept: Tensor | None, cu_seqlens: Tensor, beta: float
+    log_ratio: Tensor,
+    outcome: Tensor,
+    row_weight: Tensor,
+    intercept: Tensor | None,
+    cu_seqlens: Tensor,
+    beta: float,
+    every_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score and loss of each row, (R,), and the derivative of row_weight * loss in each log-prob, (T,)."""
     score = beta * segment_sum(log_ratio, cu_seqlens)
-    if intercept is None:
-        loss, dscore = prm_row_loss(score, outcome), row_weight * prm_row_gradient(score, outcome)
+    intercept = torch.zeros_like(outcome) if intercept is None else intercept.to(score.dtype)
+    if not every_prefix:
+        logit = intercept + score
+        loss, dscore = prm_row_loss(logit, outcome), row_weight * prm_row_gradient(logit, outcome)
         return score, loss, (beta * dscore).repeat_interleave(cu_seqlens.diff(), output_size=len(log_ratio))
     logit = prm_prefix_logit(log_ratio, intercept, cu_seqlens, beta)
     dlogprob = prm_prefix_gradient(logit, outcome, cu_seqlens, beta)

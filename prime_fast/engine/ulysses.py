@@ -71,21 +71,23 @@ class SequenceGroup:
         beta: float,
         row_weight: Tensor,
         intercept: Tensor | None,
+        every_prefix: bool,
     ) -> PrmLoss:
         """prime_kernels.linear_prm_loss of rows whose tokens lie on all ranks of the group, some of a row's maybe none
-        here. Each rank gets the scores of all rows, and a part of the loss: an equal one, or with an intercept that of
+        here. Each rank gets the scores of all rows, and a part of the loss: an equal one, or with every_prefix that of
         its own tokens."""
         if self.size == 1:
             return prime_kernels.linear_prm_loss(
                 hidden, weight, targets, ref_logprob, outcome, cu_seqlens,
-                bias=bias, beta=beta, row_weight=row_weight, intercept=intercept,
+                bias=bias, beta=beta, row_weight=row_weight, intercept=intercept, every_prefix=every_prefix,
             )  # fmt: skip
         logprob = prime_kernels.linear_logprob(hidden, weight, targets, bias=bias)
         log_ratio = (logprob - ref_logprob).double()
         here = segment_sum(log_ratio, cu_seqlens)
         score = (beta * _Total.apply(here, self)).to(logprob.dtype)
-        if intercept is None:
-            loss = (row_weight * prm_row_loss(score, outcome)).sum() / self.size
+        intercept = torch.zeros_like(outcome) if intercept is None else intercept
+        if not every_prefix:
+            loss = (row_weight * prm_row_loss(intercept.to(score.dtype) + score, outcome)).sum() / self.size
         else:
             log_ratio = log_ratio[: int(cu_seqlens[-1])]  # a rank without response tokens has one that is no row's
             row, _ = places(cu_seqlens, len(log_ratio))

@@ -99,10 +99,11 @@ def results(path: Path, dtype: str, size: int, batch: Batch, recompute: str, dev
     draw = torch.Generator().manual_seed(2)
     ref, advantage = -3 + torch.randn(2, len(logprob), generator=draw)
 
-    for name, intercept in (("PRM", None), ("PRM of prefixes", prime.prm_intercept(batch.outcome, batch.group))):
+    odds = prime.prm_intercept(batch.outcome, batch.group)
+    for name, intercept, prefixes in (("PRM", odds, False), ("PRM of prefixes", odds, True)):
         prm_logprob, score, loss = torch.zeros_like(ref), torch.zeros(len(batch.responses)), torch.zeros(())
         row_weight = torch.full_like(score, distributed.world_size() / len(score))
-        rows = {"beta": 0.05, "row_weight": row_weight, "intercept": intercept}
+        rows = {"beta": 0.05, "row_weight": row_weight, "intercept": intercept, "every_prefix": prefixes}
         for micro in mini:
             pack = passes.pack_here(batch, micro, engine)
             made = passes.train_prm_pack(engine, pack, ref, batch.outcome, **rows)

@@ -16,7 +16,9 @@ HEADS = {
     "softcap": {"softcap": 1.5},
     "all": {"bias": True, "temperature": 1.3, "softcap": 2.0},
 }
-INTERCEPTS = {"response": None, "prefix": torch.tensor([0.5, -2.0, 0.0, 1.5])}
+ODDS = torch.tensor([0.5, -2.0, 0.0, 1.5])
+LOSSES = {"response": {}, "centered": {"intercept": ODDS}, "prefix": {"intercept": ODDS, "every_prefix": True}}
+LOSSES["every prefix"] = {"every_prefix": True}
 CUTS = [0, 3, 10, 11, 23]  # with chunks of 7: two rows in one, a row that just fits, a row that needs two
 
 
@@ -130,19 +132,19 @@ def test_extreme_ratios(backend, sign, old):
 
 @pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("intercept", INTERCEPTS)
-def test_prm_loss(backend, rows_of_a_chunk, head, weighted, intercept):
+@pytest.mark.parametrize("kind", LOSSES)
+def test_prm_loss(backend, rows_of_a_chunk, head, weighted, kind):
     options = dict(HEADS[head])
     hidden, weight, bias, targets = make(bias=options.pop("bias", False))
     ref, outcome = vectors()[3], torch.tensor([0.0, 1.0, 0.25, 1.0])
     row_weight = torch.tensor([0.5, 0.0, 2.0, 1.0]) if weighted else None
     cuts = torch.tensor(CUTS, dtype=torch.int32)
-    options |= {"beta": 0.1, "intercept": INTERCEPTS[intercept]}
+    options |= {"beta": 0.1} | LOSSES[kind]
     got = linear_prm_loss(
         hidden, weight, targets, ref, outcome, cuts, bias=bias, row_weight=row_weight, backend=backend, **options
     )
     hidden_, weight_, bias_, ref_, outcome_, row_weight_ = doubled(hidden, weight, bias, ref, outcome, row_weight)
-    (options["intercept"],) = doubled(options["intercept"])
+    (options["intercept"],) = doubled(options.get("intercept"))
     want = linear_prm_loss(
         hidden_, weight_, targets, ref_, outcome_, cuts, bias=bias_, row_weight=row_weight_, **options
     )
@@ -151,8 +153,8 @@ def test_prm_loss(backend, rows_of_a_chunk, head, weighted, intercept):
 
 
 @pytest.mark.parametrize("head", ["plain", "bias"])
-@pytest.mark.parametrize("intercept", INTERCEPTS)
-def test_prm_loss_of_rows_of_any_length(backend, head, intercept, monkeypatch):
+@pytest.mark.parametrize("kind", ["response", "centered", "prefix"])
+def test_prm_loss_of_rows_of_any_length(backend, head, kind, monkeypatch):
     """Buffers far smaller than a row, far larger, and all between: fresh lengths in every run."""
     rng = random.Random()
     for _ in range(4):
@@ -161,8 +163,8 @@ def test_prm_loss_of_rows_of_any_length(backend, head, intercept, monkeypatch):
         cuts = torch.tensor([0, *accumulate(lengths)])
         hidden, weight, bias, targets = make(n=sum(lengths), bias=head == "bias")
         ref, outcome = vectors(sum(lengths))[3], torch.rand(len(lengths)).round(decimals=1)
-        odds = None if intercept == "response" else torch.randn(len(lengths))
-        rest = {"bias": bias, "beta": 0.3, "intercept": odds}
+        odds = None if kind == "response" else torch.randn(len(lengths))
+        rest = {"bias": bias, "beta": 0.3, "intercept": odds, "every_prefix": kind == "prefix"}
         got = linear_prm_loss(hidden, weight, targets, ref, outcome, cuts, **rest, backend=backend)
         hidden_, weight_, bias_, ref_, outcome_, odds_ = doubled(hidden, weight, bias, ref, outcome, odds)
         rest |= {"bias": bias_, "intercept": odds_}
@@ -188,7 +190,7 @@ def test_no_rows(backend):
     policy = linear_policy_loss(hidden, weight, targets, none, none, none, backend=backend)
     rows = none, none, torch.tensor([0])
     prm = linear_prm_loss(hidden, weight, targets, *rows, backend=backend)
-    prefix = linear_prm_loss(hidden, weight, targets, *rows, intercept=none, backend=backend)
+    prefix = linear_prm_loss(hidden, weight, targets, *rows, **LOSSES["every prefix"], backend=backend)
     for result in (policy, prm, prefix):
         assert result.loss == 0 and result.logprob.shape == (0,)
         assert [tuple(g.shape) for g in grads(result.loss, hidden, weight)] == [(0, 12), (37, 12)]
@@ -251,11 +253,11 @@ def test_all_ops_agree_in_every_bit(backend, rows_of_a_chunk, monkeypatch):
     prm = linear_prm_loss(hidden, weight, targets, ref.detach(), outcome, cuts, backend=backend)
     assert torch.equal(prm.logprob, ref) and not prm.score.any()
     torch.testing.assert_close(prm.loss, torch.tensor(2.0).log())
-    rest = {"intercept": INTERCEPTS["prefix"], "backend": backend}
-    prefix = linear_prm_loss(hidden, weight, targets, ref.detach(), outcome, cuts, **rest)
-    assert torch.equal(prefix.logprob, ref) and not prefix.score.any()
-    prior = torch.nn.functional.binary_cross_entropy_with_logits(rest["intercept"], outcome)
-    torch.testing.assert_close(prefix.loss, prior)
+    prior = torch.nn.functional.binary_cross_entropy_with_logits(ODDS, outcome)
+    for kind in ("centered", "prefix"):
+        other = linear_prm_loss(hidden, weight, targets, ref.detach(), outcome, cuts, **LOSSES[kind], backend=backend)
+        assert torch.equal(other.logprob, ref) and not other.score.any()
+        torch.testing.assert_close(other.loss, prior)
     advantage, token_weight = vectors()[1:3]
     policy = linear_policy_loss(hidden, weight, targets, ref.detach(), advantage, token_weight, backend=backend)
     assert torch.equal(policy.logprob, ref) and torch.equal(policy.entropy, entropy)
@@ -278,7 +280,7 @@ def test_every_run_gives_the_same_bits(backend, rows_of_a_chunk):
         )  # fmt: skip
         cuts = torch.tensor(CUTS)
         prm = linear_prm_loss(hidden, weight, targets, ref, torch.ones(4), cuts, bias=bias, backend=backend)
-        inputs, odds = (hidden, weight, bias), {"bias": bias, "intercept": INTERCEPTS["prefix"]}
+        inputs, odds = (hidden, weight, bias), {"bias": bias} | LOSSES["prefix"]
         prefix = linear_prm_loss(hidden, weight, targets, ref, torch.ones(4), cuts, **odds, backend=backend)
         made = result, prm, prefix
         return [x for each in made for x in (*each, *grads(each.loss, *inputs))]

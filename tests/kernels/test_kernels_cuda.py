@@ -114,7 +114,7 @@ def prm(hidden, weight, targets, vectors, backend=None, prefix=False, **head):
     outcome = (torch.arange(len(cuts) - 1, device=DEVICE) % 2).to(vectors[3].dtype)
     ref = vectors[3].to(hidden.dtype if hidden.dtype == torch.float64 else torch.float32)
     outcome = outcome.to(ref.dtype)
-    head |= {"intercept": 2 * outcome - 0.7} if prefix else {}
+    head |= {"intercept": 2 * outcome - 0.7, "every_prefix": prefix}
     loss, logprob, score = linear_prm_loss(hidden, weight, targets, ref, outcome, cuts, backend=backend, **head)
     return logprob, *torch.autograd.grad(1024 * loss, [hidden, weight])
 

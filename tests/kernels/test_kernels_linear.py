@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_backend_cases import CUTS, HEADS, INTERCEPTS
+from linear_backend_cases import CUTS, HEADS, LOSSES
 
 from prime_kernels import linear_logprob, linear_policy_loss, linear_prm_loss
 from prime_kernels.linear_torch import chunk_rows, whole_rows
@@ -126,21 +126,22 @@ def test_policy_loss_equals_dense(head, variant):
 
 @pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("intercept", INTERCEPTS)
-def test_prm_loss_equals_dense(head, weighted, intercept):
+@pytest.mark.parametrize("kind", LOSSES)
+def test_prm_loss_equals_dense(head, weighted, kind):
     options = dict(HEADS[head])
     hidden, weight, bias, targets = make(bias=options.pop("bias", False))
     ref = extras()[3]
     outcome = torch.tensor([0.0, 1.0, 0.25, 1.0], dtype=torch.float64)
     row_weight = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64) if weighted else None
     cu_seqlens = torch.tensor(CUTS, dtype=torch.int32)
-    rows = {"row_weight": row_weight, "intercept": INTERCEPTS[intercept]}
+    rows = {"row_weight": row_weight} | LOSSES[kind]
+    odds = LOSSES[kind].get("intercept", torch.zeros(4)).double()
     got = linear_prm_loss(hidden, weight, targets, ref, outcome, cu_seqlens, bias=bias, **rows, beta=0.1, **options)
     logprob, _ = dense(hidden, weight, bias, targets, **options)
     score = torch.stack([0.1 * q.sum() for q in (logprob - ref).split(cu_seqlens.diff().tolist())])
-    bce = -outcome * F.logsigmoid(score) - (1 - outcome) * F.logsigmoid(-score)
-    if intercept == "prefix":
-        bce = torch.stack(prefix_losses(logprob - ref, outcome, INTERCEPTS["prefix"], cu_seqlens, 0.1))
+    bce = -outcome * F.logsigmoid(odds + score) - (1 - outcome) * F.logsigmoid(-odds - score)
+    if "every_prefix" in LOSSES[kind]:
+        bce = torch.stack(prefix_losses(logprob - ref, outcome, odds, cu_seqlens, 0.1))
     loss = bce.mean() if row_weight is None else (row_weight * bce).sum()
     close(got, [loss, logprob, score])
     assert [x.requires_grad for x in got] == [True, False, False]

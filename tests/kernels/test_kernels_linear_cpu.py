@@ -1,7 +1,7 @@
 import pytest
 import torch
 from linear_backend_cases import *  # noqa: F403
-from linear_backend_cases import CUTS, INTERCEPTS, close, close_grads, doubled, grads, make, vectors
+from linear_backend_cases import CUTS, LOSSES, close, close_grads, doubled, grads, make, vectors
 
 import prime_kernels
 from prime_kernels import linear_logprob, linear_policy_loss, linear_prm_loss
@@ -23,8 +23,8 @@ def policy(hidden, weight, bias, targets, **options):
 def prefix(hidden, weight, bias, targets, **options):
     vector = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = vectors()[3].to(vector), torch.tensor([0, 1, 0.25, 1], dtype=vector), torch.tensor(CUTS)
-    intercept = INTERCEPTS["prefix"].to(vector)
-    return linear_prm_loss(hidden, weight, targets, *rows, bias=bias, intercept=intercept, **options)
+    odds = LOSSES["prefix"]["intercept"].to(vector)
+    return linear_prm_loss(hidden, weight, targets, *rows, bias=bias, intercept=odds, every_prefix=True, **options)
 
 
 @pytest.mark.parametrize("op", [policy, prefix])

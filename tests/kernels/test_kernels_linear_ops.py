@@ -32,7 +32,7 @@ def losses(hidden, weight, targets, cu_seqlens, backend):
     yield logprob.sum() + entropy.sum()
     yield linear_policy_loss(hidden, weight, targets, old - 5, old + 1, old + 0.1, backend=backend).loss
     for intercept in (None, rows):
-        prm = {"intercept": intercept, "backend": backend}
+        prm = {"intercept": intercept, "every_prefix": intercept is not None, "backend": backend}
         yield linear_prm_loss(hidden, weight, targets, old - 5, rows, cu_seqlens, **prm).loss
 
 
@@ -51,7 +51,7 @@ def test_opcheck(backend):
             args = x, weight, b, targets, old, vector, vector, vector - 4, sampling, 1.5, 0.2, 0.2, 0.7, cap, 0.1, 0.1
             torch.library.opcheck(_policy_loss, (*args, grads, backend))
         for intercept in (None, rows):
-            args = x, weight, b, targets, vector, rows, cuts, rows, intercept, 0.1, cap
+            args = x, weight, b, targets, vector, rows, cuts, rows, intercept, 0.1, cap, intercept is not None
             torch.library.opcheck(_prm_loss, (*args, grads, backend))
 
 
@@ -84,7 +84,7 @@ def test_fake_tensors_on_a_gpu(dtype):
         grads = [True, True, False]
         back = _logprob_backward(hidden, weight, None, targets, vector, None, 1.0, None, grads, None)
         *_, dhidden, dweight, dbias = _prm_loss(
-            hidden, weight, None, targets, vector, rows, cuts, rows, None, 0.1, None, grads, None
+            hidden, weight, None, targets, vector, rows, cuts, rows, None, 0.1, None, False, grads, None
         )
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     assert {x.dtype for x in (*policy, *prm, logprob)} == {computed}
@@ -136,7 +136,7 @@ def watched(hidden, weight, targets, cu_seqlens, backend, grads):
             **head,
             **clip,
         ),
-        *(partial(prm, *rest, intercept, beta=0.1, softcap=None, grads=grads) for intercept in (None, rows)),
+        *(partial(prm, *rest, rows, beta=0.1, softcap=None, every_prefix=x, grads=grads) for x in (False, True)),
     ]
     for call in calls if any(grads) else calls[:1] + calls[2:]:
         with torch.no_grad(), Watch() as seen:

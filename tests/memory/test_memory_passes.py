@@ -154,7 +154,7 @@ def test_the_prms_op_makes_what_is_counted(tmp_path, monkeypatch):
         with torch.no_grad(), Most([hidden, weight]) as made:
             implementation(
                 hidden, weight, None, torch.zeros(tokens, dtype=torch.int64), numbers, row, cuts, row,
-                row if prefix else None, beta=0.1, softcap=None, grads=grads,
+                None, beta=0.1, softcap=None, every_prefix=prefix, grads=grads,
             )  # fmt: skip
         counts.append(made.most)
     for count, longest in zip(counts, (60, 300, None, None), strict=True):
