@@ -3,7 +3,7 @@
 import torch
 
 from prime_kernels.advantage_rows import FIELDS, coefficients
-from prime_kernels.dispatch import extension
+from prime_kernels.dispatch import capturing, extension, stream
 from prime_kernels.reference import Advantage
 
 EVERYTHING, ONLY_SUMS, ONLY_WRITE = range(3)  # as in csrc/advantage_params.h
@@ -52,11 +52,3 @@ def advantage(
             parts["table"], parts["moments"] = middle
             launch(ONLY_WRITE)
     return Advantage(result, token_reward, score)
-
-
-def stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # cpu: Triton's interpreter
-
-
-def capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from prime_kernels.advantage_cuda import ESTIMATORS, capturing, stream
+from prime_kernels.advantage_cuda import ESTIMATORS
 from prime_kernels.advantage_rows import FIELDS, coefficients
 from prime_kernels.advantage_triton_rows import baseline, finish, store_sums
+from prime_kernels.dispatch import capturing, stream
 from prime_kernels.reference import Advantage
 
 BLOCK, ROWS, WARPS = 512, 512, 4  # tokens and rows at a time
