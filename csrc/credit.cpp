@@ -106,10 +106,9 @@ bool rows_stage(const CreditParams& p, int threads) {
 }
 
 // A thread takes some of the numbers that steps have, of all rows.
-void index_stage(const CreditParams& p, int threads) {
+void index_stage(const CreditParams& p, double bound, int threads) {
     int64_t most = 0;
     for (int i = 0; i < p.rows; ++i) most = std::max(most, Row(p, i).steps);
-    const double bound = *std::max_element(p.peaks, p.peaks + p.rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t base = 0; base < most; base += kBlock) {
         const int64_t end = std::min(most, base + kBlock);
@@ -129,8 +128,7 @@ void index_stage(const CreditParams& p, int threads) {
     }
 }
 
-void deviations_stage(const CreditParams& p, int threads) {
-    const double bound = *std::max_element(p.peaks, p.peaks + p.rows);
+void deviations_stage(const CreditParams& p, double bound, int threads) {
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (int i = 0; i < p.rows; ++i) {
         const Row row(p, i);
@@ -180,10 +178,11 @@ void run(const CreditParams& p, int threads) {
     const auto runs = [&](Stage stage) { return p.first <= stage && stage <= p.last; };
     const bool odds = p.process && p.credit == ODDS;
     if (runs(ROWS) && (*p.status = !rows_stage<T>(p, threads))) return;
-    if (odds && runs(INDEX)) index_stage(p, threads);
+    const double bound = p.first == ROWS ? *std::max_element(p.peaks, p.peaks + p.rows) : p.moments[3];
+    if (odds && runs(INDEX)) index_stage(p, bound, threads);
     double spread = p.moments[2], mean = p.moments[0], inverse_std = p.moments[1];
     if (odds && runs(DEVIATIONS)) {
-        deviations_stage(p, threads);
+        deviations_stage(p, bound, threads);
         spread = 1 / (std::sqrt(sum_totals(p, 2) / sum_totals(p, 3)) + kLogRatioFloor);
     }
     double powers[kBlock + 1] = {1};

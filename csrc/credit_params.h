@@ -20,8 +20,8 @@ enum Credit { CRITIC, PAV, LOOKAHEAD, ODDS, TD };
 enum Stage { ROWS, INDEX, DEVIATIONS, SUMS, WRITE };
 
 // Of Params: peaks (rows,): of ODDS the largest |sum of q| of a step, infinite where a row holds a bad value; totals
-// (rows, 4): sum, squares, squared deviations, steps; coefficients (rows,): the outcome's term; moments (3,): mean,
-// 1 / deviation, 1 / spread of ODDS.
+// (rows, 4): sum, squares, squared deviations, steps; coefficients (rows,): the outcome's term; moments (4,): mean,
+// 1 / deviation, 1 / spread of ODDS, the largest of peaks.
 struct CreditParams : Params {
     const int* step;          // (tokens,) or null: every token is a step
     double *prefix, *term;    // (tokens,) from each row's start on, by step: sum of q or value so far; process term

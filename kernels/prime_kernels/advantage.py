@@ -1,7 +1,6 @@
 """PRIME advantages of packed responses."""
 
 import functools
-import math
 
 import torch
 import torch.distributed as dist
@@ -112,7 +111,7 @@ def prime_advantage(
         raise ValueError(f"credit {credit!r} compares with the other rows of a group: pass estimator='rloo'")
     for name, value in {"shrink": shrink, "slope": slope}.items():
         checks.between(name, value, 0, float("inf"))
-    if not 0 < prior < 1 or not math.isfinite(shrink * slope * offset):
+    if not 0 < prior < 1 or not abs(shrink * slope * offset) < float("inf"):
         raise ValueError(f"prior is {prior}, slope {slope}, offset {offset}: needs 0 < prior < 1 and finite numbers")
     if step is not None:
         tokens = None if prm_logprob is None else prm_logprob.shape[0]

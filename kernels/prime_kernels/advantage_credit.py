@@ -34,7 +34,7 @@ def advantage(
     result, token_reward, score = (torch.empty(size, device=device) for size in (tokens, tokens, rows))
     steps = tokens if process else 0
     sizes = {"prefix": steps, "term": steps, "index": 3 * tokens if odds else 0, "peaks": rows, "outcomes": rows}
-    sizes |= {"totals": 4 * rows, "moments": 3, "status": 1}
+    sizes |= {"totals": 4 * rows, "moments": 4, "status": 1}
     scratch = torch.empty(sum(sizes.values()), dtype=torch.float64, device=device)
     parts = dict(zip(sizes, scratch.split(list(sizes.values())), strict=True))
     for name in ("index", "status"):
@@ -55,7 +55,7 @@ def advantage(
     if odds:
         longest = cu_seqlens.diff().max()
         bounds = torch.stack([parts["peaks"].max(), longest.double()])
-        parts["peaks"][:], most = all_reduce(bounds, dist.ReduceOp.MAX, process_group)
+        moments[3], most = all_reduce(bounds, dist.ReduceOp.MAX, process_group)
         sums = parts["index"].zero_().view(3, tokens)[:, : longest.item()]
         launch(INDEX, INDEX)
         everyone = sums.new_zeros(3, int(most.item()))

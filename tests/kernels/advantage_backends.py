@@ -31,7 +31,7 @@ prime_advantage = on_device(prime_kernels.prime_advantage, DEVICE) if DEVICE els
 
 
 class Emulator:
-    """csrc/advantage_kernel.h run by fibers, in the place of prime_kernels._cuda."""
+    """csrc/advantage_kernel.h and credit_kernel.h run by fibers, in the place of prime_kernels._cuda."""
 
     def __init__(self, library: Path):
         self.library, self.blocks, self.seed, self.launches = ctypes.CDLL(str(library)), 2, 0, 0
@@ -42,6 +42,13 @@ class Emulator:
         self.library.advantage(
             (ctypes.c_uint64 * 14)(*pointers), ctypes.c_longlong(tokens), rows, phase, estimator, process, normalize,
             whiten, *map(ctypes.c_double, scalars), bfloat16, self.blocks, self.seed,
+        )  # fmt: skip
+
+    def credit(self, pointers, tokens, rows, first, last, form, process, whiten, numbers, bfloat16, _):
+        self.launches += 1
+        self.library.credit(
+            (ctypes.c_uint64 * 17)(*pointers), ctypes.c_longlong(tokens), rows, first, last, form, process, whiten,
+            (ctypes.c_double * 9)(*numbers), bfloat16, self.blocks, self.seed,
         )  # fmt: skip
 
 
@@ -131,7 +138,7 @@ def margins(monkeypatch):
 
     def guarded(*size, **options):
         size = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        buffer = torch.full((size.numel() + 128,), 7, **options)
+        buffer = torch.full((size.numel() + 128,), 7.0, **options)
         buffers.append(buffer)
         return buffer[64:-64].view(size)
 

@@ -37,7 +37,7 @@ SMALL = [2, 3, 1, 4], [4, 4, 9, 9]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("credit", CREDITS)
-@settings(max_examples=EXAMPLES // 2, deadline=None)
+@settings(max_examples=EXAMPLES // 4, deadline=None)
 @given(data=st.data())
 def test_equals_the_reference(backend, credit, data):
     batch = data.draw(batches(longest=40))
@@ -59,20 +59,19 @@ def test_rows_longer_than_a_tile(backend, credit, segment):
     step = steps_of(batch[3], 1) if segment else None
     order = [3, 0, 5, 1, 4, 2]
     lengths = batch[3].diff().tolist()
-    for whiten in (False, True):
-        straight = check(batch, backend, credit=credit, step=step, whiten=whiten, **RICH)
-        shuffled = prime_advantage(
-            *repack(batch, order), credit=credit, step=permute(step, lengths, order) if segment else None,
-            whiten=whiten, backend=backend, **RICH,
-        )  # fmt: skip
-        assert torch.equal(permute(straight.advantage, lengths, order), shuffled.advantage)
-        assert torch.equal(permute(straight.token_reward, lengths, order), shuffled.token_reward)
-        assert torch.equal(straight.score[order], shuffled.score)
+    straight = check(batch, backend, credit=credit, step=step, **RICH)
+    shuffled = prime_advantage(
+        *repack(batch, order), credit=credit, step=permute(step, lengths, order) if segment else None,
+        backend=backend, **RICH,
+    )  # fmt: skip
+    assert torch.equal(permute(straight.advantage, lengths, order), shuffled.advantage)
+    assert torch.equal(permute(straight.token_reward, lengths, order), shuffled.token_reward)
+    assert torch.equal(straight.score[order], shuffled.score)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("credit", CREDITS)
-@settings(max_examples=EXAMPLES // 4, deadline=None)
+@settings(max_examples=EXAMPLES // 8, deadline=None)
 @given(batches(longest=60), st.randoms(), st.integers(0, 1000))
 def test_packing_order_leaves_no_trace(backend, credit, batch, random, seed):
     batch, order = single(batch), list(range(len(batch[4])))
@@ -102,7 +101,7 @@ def test_neighbours_leave_no_trace(backend, credit):
 def test_order_of_threads_and_number_of_blocks_leave_no_trace(emulator, credit):
     batch, results = ragged(LONG + [7, 9, 11], [5, -9, 5, -9, 5, -9, 8, 8, 8]), []
     step = steps_of(batch[3], 2)
-    for emulator.blocks, emulator.seed in [(1, 0), (2, 1), (3, 5), (9, 7)]:
+    for emulator.blocks, emulator.seed in [(1, 0), (2, 1), (5, 7)]:
         launches = emulator.launches
         results.append(prime_advantage(*batch, backend="cuda", credit=credit, step=step, **RICH))
         assert emulator.launches == launches + 1
@@ -196,26 +195,22 @@ def call(batch, backend, **kwargs):
     return prime_advantage(*batch, step=step, backend=backend, **kwargs)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("batch", "kwargs", "message"), BAD, ids=[message for *_, message in BAD])
 def test_a_bad_value_is_an_error_that_names_the_row(backend, batch, kwargs, message, margins, group_of_one):
-    for credit in CREDITS:
+    for credit, process_group in (("td", None), ("odds", None), ("odds", group_of_one)):
         with pytest.raises(ValueError, match=message):
-            call(batch, backend, credit=credit, **kwargs)
-    with pytest.raises(ValueError, match=message):
-        call(batch, backend, credit="odds", process_group=group_of_one, **kwargs)
+            call(batch, backend, credit=credit, process_group=process_group, **kwargs)
     assert margins()
-    if backend != "torch":
-        check(ragged(*SMALL), backend, credit="odds")  # and leaves nothing behind
+    check(ragged(*SMALL), backend, credit="odds")  # and leaves nothing behind
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu"])
 @pytest.mark.parametrize(("batch", "kwargs", "message"), BAD, ids=[message for *_, message in BAD])
 def test_a_bad_value_under_graph_capture_leaves_no_number_to_use(monkeypatch, backend, batch, kwargs, message):
     monkeypatch.setattr(advantage_credit, "capturing", lambda: True)
-    for credit in ("pav", "odds"):
-        assert call(batch, backend, credit=credit, **kwargs).advantage.isnan().all()
-        assert call(bad(5, 0, 0), backend, credit=credit).advantage.isfinite().all()
+    assert call(batch, backend, credit="odds", **kwargs).advantage.isnan().all()
+    assert call(bad(5, 0, 0), backend, credit="odds").advantage.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
@@ -249,12 +244,11 @@ def test_as_many_steps_as_tokens_without_log_probs(backend):
 def test_a_process_group_of_one_changes_nothing(backend, credit, group_of_one, emulator):
     launches, batch = emulator and emulator.launches, ragged(LONG, LONG_GROUP)
     step = steps_of(batch[3], 3)
-    for whiten in (False, True):
-        kwargs = {"credit": credit, "step": step, "whiten": whiten, "backend": backend, **RICH}
-        got = prime_advantage(*batch, process_group=group_of_one, **kwargs)
-        torch.testing.assert_close(tuple(got), tuple(prime_advantage(*batch, **kwargs)), rtol=0, atol=1e-6)
+    kwargs = {"credit": credit, "step": step, "backend": backend, **RICH}
+    got = prime_advantage(*batch, process_group=group_of_one, **kwargs)
+    torch.testing.assert_close(tuple(got), tuple(prime_advantage(*batch, **kwargs)), rtol=0, atol=1e-6)
     if emulator and backend == "cuda":
-        assert emulator.launches == launches + 2 * (1 + (5 if credit == "odds" else 2))
+        assert emulator.launches == launches + 1 + (5 if credit == "odds" else 2)
 
 
 def _distributed(rank, path, halves, queue):
