@@ -177,8 +177,11 @@ template <typename T>
 void run(const CreditParams& p, int threads) {
     const auto runs = [&](Stage stage) { return p.first <= stage && stage <= p.last; };
     const bool odds = p.process && p.credit == ODDS;
-    if (runs(ROWS) && (*p.status = !rows_stage<T>(p, threads))) return;
-    const double bound = p.first == ROWS ? *std::max_element(p.peaks, p.peaks + p.rows) : p.moments[3];
+    if (runs(ROWS)) {
+        p.moments[3] = rows_stage<T>(p, threads) ? *std::max_element(p.peaks, p.peaks + p.rows) : INFINITY;
+        if (p.moments[3] == INFINITY) return;
+    }
+    const double bound = p.moments[3];
     if (odds && runs(INDEX)) index_stage(p, bound, threads);
     double spread = p.moments[2], mean = p.moments[0], inverse_std = p.moments[1];
     if (odds && runs(DEVIATIONS)) {

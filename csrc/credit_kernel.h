@@ -118,7 +118,6 @@ __device__ inline double terms(const CreditParams& p, Thread& t, int i, const Fe
 template <typename T>
 __device__ void rows_stage(const CreditParams& p, Thread& t) {
     const double lane_power = power(p.gamma, t.lane * kItems).last;
-    if (!t.index && !blockIdx.x) p.status[0] = 0;
     for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const long long start = p.offsets[row], end = p.offsets[row + 1];
         const double outcome = p.outcome[row];
@@ -213,8 +212,8 @@ __device__ void run_credit(const CreditParams& p, Thread& t, Sync sync_grid) {
         peak = 0;
         for (int i = t.index; i < p.rows; i += kThreads) peak = fmax(peak, load(p.peaks + i));
         peak = t.block_reduce(peak, Max());
+        if (!t.index && !blockIdx.x) p.moments[3] = peak;
         if (peak == INFINITY) {  // nothing of a bad batch is used: the rows and offsets may be anything
-            if (!t.index && !blockIdx.x) p.status[0] = 1;
             for (long long i = blockIdx.x * kThreads + t.index; i < p.tokens; i += (long long)gridDim.x * kThreads)
                 p.advantage[i] = NAN;
             return;

@@ -19,9 +19,9 @@ enum Credit { CRITIC, PAV, LOOKAHEAD, ODDS, TD };
 // What is found between two stages (moments) is read where a launch begins after the first of them.
 enum Stage { ROWS, INDEX, DEVIATIONS, SUMS, WRITE };
 
-// Of Params: peaks (rows,): of ODDS the largest |sum of q| of a step, infinite where a row holds a bad value; totals
+// Of Params: peaks (rows,): of ODDS the largest |sum of q| of a step; totals
 // (rows, 4): sum, squares, squared deviations, steps; coefficients (rows,): the outcome's term; moments (4,): mean,
-// 1 / deviation, 1 / spread of ODDS, the largest of peaks.
+// 1 / deviation, 1 / spread of ODDS, the largest of peaks: infinite for a bad batch, of which nothing is used.
 struct CreditParams : Params {
     const int* step;          // (tokens,) or null: every token is a step
     double *prefix, *term;    // (tokens,) from each row's start on, by step: sum of q or value so far; process term
@@ -31,9 +31,9 @@ struct CreditParams : Params {
 };
 
 // pointers: prm, ref, outcome, offsets, group, step, advantage, reward, score, prefix, term, index, peaks, coefficients,
-// totals, moments, status. numbers: beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, offset, shrink,
+// totals, moments. numbers: beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, offset, shrink,
 // prior.
-using CreditPointers = std::array<uintptr_t, 17>;
+using CreditPointers = std::array<uintptr_t, 16>;
 using CreditNumbers = std::array<double, 9>;
 
 inline CreditParams credit_params(const CreditPointers& pointers, long long tokens, int rows, int first, int last,
@@ -43,7 +43,7 @@ inline CreditParams credit_params(const CreditPointers& pointers, long long toke
     CreditParams p{};
     next(p.prm), next(p.ref), next(p.outcome), next(p.offsets), next(p.group), next(p.step);
     next(p.advantage), next(p.reward), next(p.score), next(p.prefix), next(p.term), next(p.index);
-    next(p.peaks), next(p.coefficients), next(p.totals), next(p.moments), next(p.status);
+    next(p.peaks), next(p.coefficients), next(p.totals), next(p.moments);
     p.tokens = tokens, p.rows = rows, p.first = first, p.last = last, p.credit = credit;
     p.process = process, p.whiten = whiten;
     p.beta = numbers[0], p.gamma = numbers[1], p.outcome_gamma = numbers[2];

@@ -89,9 +89,9 @@ def prime_advantage(
     Raises ValueError naming the row or group: empty row, one-row group under rloo or grpo, bad cu_seqlens, shapes or
     dtypes, NaN or infinity; RuntimeError for a back-end that cannot run. What depends on values is checked while the
     op runs, so torch.compile(fullgraph=True) takes it. On CUDA the inputs need no host synchronisation: one launch
-    ("triton": two) checks and computes, and one word is read back after it. Under CUDA graph capture nothing is read,
-    and a batch with a bad value has NaN for every advantage; what must read is a ValueError there: no prm_logprob, a
-    process_group, back-end "torch".
+    ("triton": two, of other credits up to five) checks and computes, and one word is read back after it. Under CUDA
+    graph capture nothing is read, and a batch with a bad value has NaN for every advantage; what must read is a
+    ValueError there: no prm_logprob, a process_group, back-end "torch".
     """
     checks.one_of("estimator", estimator, ("rloo", "grpo", "reinforce"))
     checks.one_of("form", form, ("run", "paper"))

@@ -34,18 +34,17 @@ def advantage(
     result, token_reward, score = (torch.empty(size, device=device) for size in (tokens, tokens, rows))
     steps = tokens if process else 0
     sizes = {"prefix": steps, "term": steps, "index": 3 * tokens if odds else 0, "peaks": rows, "outcomes": rows}
-    sizes |= {"totals": 4 * rows, "moments": 4, "status": 1}
+    sizes |= {"totals": 4 * rows, "moments": 4}
     scratch = torch.empty(sum(sizes.values()), dtype=torch.float64, device=device)
     parts = dict(zip(sizes, scratch.split(list(sizes.values())), strict=True))
-    for name in ("index", "status"):
-        parts[name] = parts[name].view(torch.int64)
+    parts["index"] = parts["index"].view(torch.int64)
     tensors = [prm_logprob, ref_logprob, outcome, cu_seqlens, group, step, result, token_reward, score, *parts.values()]
     numbers = [beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, offset, shrink, prior]
 
     def launch(first: int, last: int) -> bool:
         """Whether the batch is good, as far as that is known."""
         run(tensors, tokens, rows, first, last, CREDITS.index(credit), process, whiten, [float(x) for x in numbers])
-        return first != ROWS or capturing() or not parts["status"].view(torch.int32)[0].item()
+        return first != ROWS or capturing() or parts["moments"][3].item() < float("inf")
 
     if process_group is None:
         return Advantage(result, token_reward, score) if launch(ROWS, WRITE) else None

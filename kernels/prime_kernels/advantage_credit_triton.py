@@ -1,7 +1,7 @@
-"""The credit forms of prime_advantage in Triton: a launch a stage of csrc/credit_params.h, two or three but for "odds".
+"""The credit forms of prime_advantage in Triton: a launch a stage of csrc/credit_params.h, three, of "odds" five.
 
-One row a program. What the next launch needs of all rows is found by the last program to finish; nobody waits. Sums over
-rows are exact, in fixed point: their order leaves no trace.
+One row a program. What the next launch needs of all rows is found by the last program to finish; nobody waits. Sums
+over rows are exact, in fixed point: their order leaves no trace.
 """
 
 import math
@@ -17,7 +17,7 @@ from prime_kernels.reference_credit import CLIP, CREDITS, LOG_RATIO_FLOOR
 
 CRITIC, PAV, LOOKAHEAD, ODDS, TD = (tl.constexpr(CREDITS.index(name)) for name in CREDITS)
 POINTERS = ["outcome", "cu_seqlens", "group", "step", "prm", "ref", "reward", "score", "prefix", "term", "index"]
-POINTERS += ["peaks", "outcomes", "totals", "moments", "status", "counters", "advantage"]
+POINTERS += ["peaks", "outcomes", "totals", "moments", "counters", "advantage"]
 
 
 def kernel(function):
@@ -69,8 +69,8 @@ def _term(prefix, start, j, steps, before_first, others, value_start, outcome, c
 
 @kernel
 def credit_rows(
-    prm, ref, outcome, cu_seqlens, group, step, reward, score, prefix, term, index, peaks, outcomes, moments, status,
-    counters, tokens, rows, beta: tl.float64, gamma: tl.float64, outcome_weight: tl.float64, slope: tl.float64,
+    prm, ref, outcome, cu_seqlens, group, step, reward, score, prefix, term, index, peaks, outcomes, moments, counters,
+    tokens, rows, beta: tl.float64, gamma: tl.float64, outcome_weight: tl.float64, slope: tl.float64,
     against_offset: tl.float64, shrink: tl.float64, prior: tl.float64,
     has_prm: tl.constexpr, has_step: tl.constexpr, process: tl.constexpr, credit: tl.constexpr, block: tl.constexpr,
     rows_block: tl.constexpr,
@@ -173,7 +173,6 @@ def credit_rows(
             j = at_row + tl.arange(0, rows_block)
             peak = tl.maximum(peak, tl.max(tl.load(peaks + j, mask=j < rows, other=0.0, cache_modifier=".cg")))
         tl.store(moments + 3, peak)
-        tl.store(status, tl.where(peak < float("inf"), 0, 1).to(tl.int64))
 
 
 @kernel
@@ -311,7 +310,7 @@ def runner(block: int, rows_block: int, warps: int, zeros):
 
     def run(tensors, tokens, rows, first, last, credit, process, whiten, numbers) -> None:
         prm, ref, outcome, cu, group, step, advantage, reward, score, *scratch = tensors
-        prefix, term, index, peaks, outcomes, totals, moments, status = scratch
+        prefix, term, index, peaks, outcomes, totals, moments = scratch
         beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, offset, shrink, prior = numbers
         odds, device = process and credit == CREDITS.index("odds"), outcome.device
         log_outcome_gamma = math.log2(outcome_gamma) if outcome_gamma else -math.inf
@@ -325,7 +324,7 @@ def runner(block: int, rows_block: int, warps: int, zeros):
             if first == ROWS:
                 credit_rows[(rows,)](
                     reward if prm is None else prm, reward if ref is None else ref, outcome, cu, group, step, reward,
-                    score, prefix, term, index, peaks, outcomes, moments, status, counters, tokens, rows, beta, gamma,
+                    score, prefix, term, index, peaks, outcomes, moments, counters, tokens, rows, beta, gamma,
                     outcome_weight, slope * beta, against_offset, shrink, prior, has_prm=prm is not None,
                     process=process, credit=credit, rows_block=rows_block, **form,
                 )  # fmt: skip

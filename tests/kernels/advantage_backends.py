@@ -47,7 +47,7 @@ class Emulator:
     def credit(self, pointers, tokens, rows, first, last, form, process, whiten, numbers, bfloat16, _):
         self.launches += 1
         self.library.credit(
-            (ctypes.c_uint64 * 17)(*pointers), ctypes.c_longlong(tokens), rows, first, last, form, process, whiten,
+            (ctypes.c_uint64 * 16)(*pointers), ctypes.c_longlong(tokens), rows, first, last, form, process, whiten,
             (ctypes.c_double * 9)(*numbers), bfloat16, self.blocks, self.seed,
         )  # fmt: skip
 
