@@ -111,7 +111,7 @@ def test_order_of_threads_and_number_of_blocks_leave_no_trace(emulator, credit):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("credit", ["pav", "odds"])
 def test_groups_of_any_size(backend, credit):
     group = torch.cat([torch.full((70,), 2**40), torch.tensor([-1, -1, 0, 0, 0])])
     group = group[torch.randperm(75, generator=torch.Generator().manual_seed(1))].tolist()
