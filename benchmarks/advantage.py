@@ -1,11 +1,12 @@
 """prime_advantage beside the same work done otherwise: time, and on a GPU the share of the copy bandwidth.
 
-    python -m benchmarks.advantage [--rounds N] [--note TEXT] [--out FOLDER]
+    python -m benchmarks.advantage [--credit FORM] [--rounds N] [--note TEXT] [--out FOLDER]
 
 On a CPU: 1024 rows of up to 3072 tokens, K = 4, 2 threads, against the vectorised torch reference and the Python
 loops of benchmarks/advantage_loops.py. On a GPU: 64k to 16M tokens, against the reference in eager and compiled torch
 and rl_triton's GAE (padded, no baseline, no norm) where it is installed. All in one process, in turns, after a check
-of every result. Writes benchmarks/results/<device>/advantage.json and prints a Markdown table.
+of every result. Writes benchmarks/results/<device>/advantage.json, of a
+credit form advantage_<form>.json, and prints a Markdown table.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from torch import Tensor
 import prime_kernels
 from benchmarks import advantage_loops
 from benchmarks.machine import cpu_name, gpu_facts, results
-from prime_kernels import prime_advantage
+from prime_kernels import prime_advantage, reference_credit
+from prime_kernels.reference_credit import CREDITS
 
 K = 4
 BYTES = 16  # a token: two float32 log-probs in, advantage and token reward out
@@ -46,9 +48,9 @@ def batch(rows: int, longest: int, device: str, seed: int = 0, shortest: int = 1
     return [x.to(device) for x in (prm, ref, outcome, cu_seqlens, torch.arange(rows) // K)]
 
 
-def check(candidates: dict[str, Callable], arguments: list[Tensor]) -> None:
+def check(candidates: dict[str, Callable], arguments: list[Tensor], **form) -> None:
     """ValueError unless every candidate's advantages are those of float64."""
-    exact = prime_advantage(*(x.double() if x.is_floating_point() else x for x in arguments)).advantage
+    exact = prime_advantage(*(x.double() if x.is_floating_point() else x for x in arguments), **form).advantage
     for name, call in candidates.items():
         error = (call(*arguments).double() - exact).abs().max().item()
         if not error < 1e-3:
@@ -81,24 +83,27 @@ def wall(call: Callable) -> float:
     return time.perf_counter() - start
 
 
-def ours(backend: str | None) -> Callable[..., Tensor]:
-    return lambda *arguments: prime_advantage(*arguments, backend=backend).advantage
+def ours(backend: str | None, **form) -> Callable[..., Tensor]:
+    return lambda *arguments: prime_advantage(*arguments, backend=backend, **form).advantage
 
 
 def loops(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda prm, ref, outcome, cu_seqlens, group: function(prm, ref, outcome, cu_seqlens, K)
 
 
-def cpu(rounds: int) -> list[dict]:
-    """One row a candidate; `times_cpu` is how many times the C++ back-end's time it takes."""
+def cpu(rounds: int, **form) -> list[dict]:
+    """One row a candidate; `times_cpu` is how many times the C++ back-end's time it takes. The loops are of the
+    published form."""
     keep_heap()
     small, arguments = batch(64, 200, "cpu"), batch(1024, 2740, "cpu")
-    fast = {"cpu": ours("cpu"), "torch": ours("torch")}
+    fast = {"cpu": ours("cpu", **form), "torch": ours("torch", **form)}
     slow = {
         "python loops, padded": loops(advantage_loops.padded),
         "python loops, tokens": loops(advantage_loops.tokens),
     }
-    check(fast | slow, small)
+    if form:
+        slow = {}
+    check(fast | slow, small, **form)
     seconds = in_turns({name: functools.partial(call, *arguments) for name, call in fast.items()}, wall, rounds)
     seconds |= {name: [wall(functools.partial(call, *arguments))] for name, call in slow.items()}
     best = statistics.median(seconds["cpu"])
@@ -169,24 +174,28 @@ def copy_bandwidth(device: str, rounds: int, numbers: int = 2**28) -> float:
     return 2 * source.numel() * 4 / statistics.median(seconds)
 
 
-def compare(rounds: int, device: str, sizes: list[int]) -> list[dict]:
+def compare(rounds: int, device: str, sizes: list[int], **form) -> list[dict]:
     """One row a candidate and size, in rows of 2048 tokens; `share` of the copy bandwidth of the same run, at 16 bytes
     a token. On a GPU the kernels are replayed as graphs."""
     cuda, timed = device == "cuda", timer(device)
     bandwidth = copy_bandwidth(device, rounds, 2**28 if cuda else 2**20)
     states = prime_kernels.backends()["prime_advantage"]
     usable = [name for name in (("cuda", "triton") if cuda else ("cpu",)) if states[name] == "ok"]
-    check({name: ours(name) for name in (*usable, "torch")}, batch(64, 4000 if cuda else 100, device))
+    check({name: ours(name, **form) for name in (*usable, "torch")}, batch(64, 4000 if cuda else 100, device), **form)
     options = {"beta": 0.05, "gamma": 1.0, "outcome_gamma": 1.0, "process_weight": 1.0, "outcome_weight": 1.0}
     options |= {"estimator": "rloo", "form": "run", "normalize": "batch", "whiten": True, "process_group": None}
-    rivals = {"torch eager": prime_kernels.reference.advantage}
-    rivals |= {"torch.compile": torch.compile(prime_kernels.reference.advantage)} if cuda else {}
+    meaning = prime_kernels.reference.advantage
+    if form:
+        meaning, options = reference_credit.advantage, options | {"step": None, "shrink": 0.0, "prior": 0.5} | form
+        options = {name: value for name, value in options.items() if name not in ("estimator", "form", "normalize")}
+    rivals = {"torch eager": meaning}
+    rivals |= {"torch.compile": torch.compile(meaning)} if cuda and not form else {}
     rows = []
     for size in sizes:
         arguments = batch(size // 2048, 2048, device, shortest=2048)
-        plain = {name: functools.partial(ours(name), *arguments) for name in usable}
+        plain = {name: functools.partial(ours(name, **form), *arguments) for name in usable}
         plain |= {name: functools.partial(call, *arguments, **options) for name, call in rivals.items()}
-        plain |= {"rl_triton GAE": padded} if (padded := gae(arguments)) else {}
+        plain |= {"rl_triton GAE": padded} if not form and (padded := gae(arguments)) else {}
         calls = {name: captured(call) if cuda and name in usable else call for name, call in plain.items()}
         for name, s in in_turns(calls, timed, rounds).items():
             median = statistics.median(s)
@@ -216,20 +225,24 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.advantage", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--credit", choices=CREDITS, help="a credit form in the place of the published one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--note", default="", help="kept with the results")
     parser.add_argument("--out", type=Path, help="folder, by default benchmarks/results/<device>")
     arguments = parser.parse_args()
     torch.set_num_threads(2 if arguments.device == "cpu" else torch.get_num_threads())
     facts = machine(arguments.device)
-    rows = cpu(arguments.rounds) if arguments.device == "cpu" else compare(arguments.rounds, "cuda", SIZES)
+    form = {"credit": arguments.credit, "slope": 0.3, "offset": 0.1} if arguments.credit else {}
+    on_cpu = arguments.device == "cpu"
+    rows = cpu(arguments.rounds, **form) if on_cpu else compare(arguments.rounds, "cuda", SIZES, **form)
     note = arguments.note
     if facts["load_average"] > QUIET:
         note = f"{note} load average {facts['load_average']:.1f} at the start: other jobs shared the machine".strip()
     out = arguments.out or results(arguments.device)
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": " ".join(sys.argv[1:]), "note": note, "machine": facts, "rows": rows}
-    (out / "advantage.json").write_text(json.dumps(record, indent=1) + "\n")
+    name = f"advantage_{arguments.credit}.json" if form else "advantage.json"
+    (out / name).write_text(json.dumps(record, indent=1) + "\n")
     print(table(rows), note, sep="\n")
 
 

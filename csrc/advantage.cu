@@ -1,7 +1,6 @@
 // The launch of prime_advantage.
-#include <cooperative_groups.h>
-
 #include "advantage_groups.h"
+#include "cooperative.h"
 
 namespace prime {
 
@@ -20,16 +19,7 @@ const void* kernel(bool discounted) {
 const char* launch(Params& p, bool bfloat16, void* stream) {
     prepare(p);
     const void* function = bfloat16 ? kernel<__nv_bfloat16>(p.gamma != 1) : kernel<float>(p.gamma != 1);
-    int device = 0, processors = 0, resident = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, kThreads, 0);
-    if (!error) {
-        const int blocks = min(p.rows, resident * processors);
-        void* arguments[] = {&p};
-        error = cudaLaunchCooperativeKernel(function, blocks, kThreads, arguments, 0, (cudaStream_t)stream);
-    }
-    return error ? cudaGetErrorString(error) : "";
+    return launch_blocks(function, p, stream);
 }
 
 }  // namespace prime

@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "exact.h"
+
 namespace prime {
 
 struct Power {
@@ -33,26 +35,6 @@ struct Min {
 
 struct Max {
     __device__ double operator()(double a, double b) const { return fmax(a, b); }
-};
-
-// A sum of up to 2^22 numbers that has the same bits in any order: fixed point in two integers, relative to a bound of
-// their absolute values; 80 bits in all.
-struct Exact {
-    long long high = 0, low = 0;
-    double scale;
-
-    __device__ explicit Exact(double bound) {
-        int exponent = 0;
-        frexp(bound, &exponent);
-        scale = ldexp(1.0, 40 - (exponent < -900 ? -900 : exponent));
-    }
-    __device__ void add(double x) {
-        x *= scale;
-        const long long whole = (long long)x;
-        high += whole;
-        low += (long long)((x - (double)whole) * 0x1p40);
-    }
-    __device__ double value() const { return ((double)high + (double)low * 0x1p-40) / scale; }
 };
 
 __device__ inline float to_float(float x) { return x; }

@@ -3,6 +3,7 @@
 
 #define UNITS(X) \
     X(advantage) \
+    X(credit) \
     X(row_kernel)
 
 #define DECLARE(NAME) void bind_##NAME(pybind11::module_&);

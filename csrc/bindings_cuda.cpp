@@ -2,7 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #define UNITS(X) \
-    X(advantage)
+    X(advantage) \
+    X(credit)
 
 #define DECLARE(NAME) void bind_##NAME(pybind11::module_&);
 #define BIND(NAME) bind_##NAME(module);

@@ -1,15 +1,13 @@
 """PRIME advantages of packed responses."""
 
 import functools
-import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from prime_kernels import checks, reference, reference_credit
-from prime_kernels.advantage_cuda import capturing
-from prime_kernels.dispatch import operator, resolve
+from prime_kernels.dispatch import capturing, operator, resolve
 from prime_kernels.reference import Advantage
 from prime_kernels.reference_credit import CREDITS
 
@@ -91,9 +89,9 @@ def prime_advantage(
     Raises ValueError naming the row or group: empty row, one-row group under rloo or grpo, bad cu_seqlens, shapes or
     dtypes, NaN or infinity; RuntimeError for a back-end that cannot run. What depends on values is checked while the
     op runs, so torch.compile(fullgraph=True) takes it. On CUDA the inputs need no host synchronisation: one launch
-    ("triton": two) checks and computes, and one word is read back after it. Under CUDA graph capture nothing is read,
-    and a batch with a bad value has NaN for every advantage; what must read is a ValueError there: no prm_logprob, a
-    process_group, back-end "torch".
+    ("triton": two, of other credits up to five) checks and computes, and one word is read back after it. Under CUDA
+    graph capture nothing is read, and a batch with a bad value has NaN for every advantage; what must read is a
+    ValueError there: no prm_logprob, a process_group, back-end "torch".
     """
     checks.one_of("estimator", estimator, ("rloo", "grpo", "reinforce"))
     checks.one_of("form", form, ("run", "paper"))
@@ -113,7 +111,7 @@ def prime_advantage(
         raise ValueError(f"credit {credit!r} compares with the other rows of a group: pass estimator='rloo'")
     for name, value in {"shrink": shrink, "slope": slope}.items():
         checks.between(name, value, 0, float("inf"))
-    if not 0 < prior < 1 or not math.isfinite(shrink * slope * offset):
+    if not 0 < prior < 1 or not abs(shrink * slope * offset) < float("inf"):
         raise ValueError(f"prior is {prior}, slope {slope}, offset {offset}: needs 0 < prior < 1 and finite numbers")
     if step is not None:
         tokens = None if prm_logprob is None else prm_logprob.shape[0]
@@ -142,7 +140,7 @@ def _prime_advantage(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = prm_logprob, ref_logprob, outcome
     published = credit == "published"
-    implementation = resolve("prime_advantage", backend if published else backend or "torch", tensors)
+    implementation = resolve("prime_advantage", backend, tensors)
     check = functools.partial(
         _check_values, prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator, credit, step
     )
@@ -171,9 +169,12 @@ def _prime_advantage(
         raise ValueError(f"{tokens} tokens are more than the kernels count: split the batch or use backend='torch'")
     if prm_logprob is not None and prm_logprob.dtype != ref_logprob.dtype:
         prm_logprob, ref_logprob = prm_logprob.float(), ref_logprob.float()
-    # what int32 cannot hold stays outside of the batch
-    cu = cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.clamp(-1, 2**31 - 1).int()
+    cu = _int32(cu_seqlens)
     arguments = (x if x is None else x.contiguous() for x in (prm_logprob, ref_logprob, outcome, cu, group))
+    if step is not None:
+        if len(step) != tokens:
+            check()
+        options["step"] = _int32(step).contiguous()
     result = implementation(*arguments, tokens=tokens, **options)
     if result is None:  # a kernel only sees that something is wrong
         check()
@@ -192,17 +193,24 @@ def _dtype(tensors) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def _int32(x: Tensor) -> Tensor:
+    """What it cannot hold stays outside of the batch."""
+    return x if x.dtype == torch.int32 else x.clamp(-1, 2**31 - 1).int()
+
+
 def _check_values(
     prm_logprob, ref_logprob, outcome, cu_seqlens, group, process_weight, estimator, credit, step
 ) -> None:
     if not len(outcome):
         raise ValueError("outcome has no rows: give every rank at least one group")
-    checks.rows(cu_seqlens, cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob))
+    tokens = cu_seqlens[-1].item() if prm_logprob is None else len(prm_logprob)
+    checks.rows(cu_seqlens, tokens)
     checks.finite("outcome", outcome)
     if credit != "published" and (bad := ((outcome < 0) | (outcome > 1)).nonzero()).numel():
         i = bad[0].item()
         raise ValueError(f"outcome is {outcome[i].item()} in row {i}: credit {credit!r} needs outcomes from 0 to 1")
     if step is not None:
+        checks.tensor("step", step, (tokens,), checks.OFFSETS, outcome, "one step number for each token")
         _check_step(step, cu_seqlens)
     if process_weight:
         checks.finite("prm_logprob", prm_logprob, cu_seqlens)

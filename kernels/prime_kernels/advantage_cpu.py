@@ -1,17 +1,29 @@
-"""prime_advantage by csrc/advantage.cpp."""
+"""prime_advantage by csrc/advantage.cpp and csrc/credit.cpp."""
 
 import torch
 
+from prime_kernels import advantage_credit
 from prime_kernels.advantage_rows import FIELDS, coefficients
 from prime_kernels.dispatch import extension
 from prime_kernels.reference import Advantage
 
 
-def advantage(
+def advantage(*arguments, **options) -> Advantage | None:
+    """As reference.advantage, or with a credit reference_credit's; None when an argument holds a bad value."""
+    if "credit" in options:
+        return advantage_credit.advantage(_run_credit, *arguments, **options)
+    return _published(*arguments, **options)
+
+
+def _run_credit(tensors, *sizes_and_options) -> None:
+    pointers, bfloat16 = advantage_credit.addresses(tensors)
+    extension("_C").credit(pointers, *sizes_and_options, bfloat16, torch.get_num_threads())
+
+
+def _published(
     prm_logprob, ref_logprob, outcome, cu_seqlens, group,
     *, tokens, beta, gamma, outcome_gamma, process_weight, **options,
 ) -> Advantage | None:  # fmt: skip
-    """As reference.advantage; None when an argument holds a bad value."""
     native, threads = extension("_C"), torch.get_num_threads()
     sums = torch.empty(FIELDS, len(outcome), dtype=torch.float64)
     token_reward, result = torch.empty(tokens), torch.empty(tokens)

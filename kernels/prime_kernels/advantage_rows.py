@@ -45,9 +45,18 @@ def coefficients(
         return table, torch.tensor([0.0, 1.0], dtype=torch.float64, device=sums.device)
     sum_ = a * s + b * g + c * o
     squares = a * a * ss + b * b * gg + c * c * oo + 2 * (a * b * sg + a * c * so + b * c * go)
-    # sorted: the order of the rows leaves no trace
-    moments = torch.stack([x.sort().values.sum() for x in (sum_, squares, lengths.double())])
-    sum_, squares, count = all_reduce(moments, dist.ReduceOp.SUM, process_group)
+    return table, torch.stack(whitening(sum_, squares, lengths.sum(), process_group))
+
+
+def whitening(sum_: Tensor, squares: Tensor, tokens: Tensor, process_group) -> list[Tensor]:
+    """Mean and 1 / standard deviation of all ranks' advantages, from the sums (R,) of rows and of their squares."""
+    sum_, squares, count = all_reduce(
+        torch.stack([total(sum_), total(squares), tokens.double()]), dist.ReduceOp.SUM, process_group
+    )
     mean = sum_ / count
     variance = ((squares - mean * sum_) / (count - 1).clamp(min=1)).clamp(min=0)
-    return table, torch.stack([mean, (variance + 1e-8).rsqrt()])
+    return [mean, (variance + 1e-8).rsqrt()]
+
+
+def total(x: Tensor) -> Tensor:
+    return x.sort().values.sum()  # sorted: the order of the rows leaves no trace

@@ -1,4 +1,4 @@
-"""prime_advantage in two Triton launches: sums of rows with the groups' arithmetic, then the advantages.
+"""prime_advantage as published in two Triton launches: sums of rows with the groups' arithmetic, then the advantages.
 
 The layout of sums, coefficients and moments is that of advantage_rows.py, which takes the middle's place with several
 ranks. In one launch, the last program of a group to finish finds its baseline, and the last of all the moments: nobody
@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from prime_kernels.advantage_cuda import ESTIMATORS, capturing, stream
+from prime_kernels import advantage_credit, advantage_credit_triton
+from prime_kernels.advantage_cuda import ESTIMATORS
 from prime_kernels.advantage_rows import FIELDS, coefficients
 from prime_kernels.advantage_triton_rows import baseline, finish, store_sums
+from prime_kernels.dispatch import capturing, stream
 from prime_kernels.reference import Advantage
 
 BLOCK, ROWS, WARPS = 512, 512, 4  # tokens and rows at a time
@@ -165,12 +167,19 @@ def _pair(decay, x, next_decay, next_x):
     return decay * next_decay, next_x + next_decay * x
 
 
-def advantage(
+def advantage(*arguments, **options) -> Advantage | None:
+    """As advantage_cuda.advantage."""
+    if "credit" in options:
+        run = advantage_credit_triton.runner(BLOCK, ROWS, WARPS, zeros)
+        return advantage_credit.advantage(run, *arguments, **options)
+    return _published(*arguments, **options)
+
+
+def _published(
     prm_logprob, ref_logprob, outcome, cu_seqlens, group,
     *, tokens, beta, gamma, outcome_gamma, process_weight, outcome_weight, estimator, form, normalize, whiten,
     process_group,
 ) -> Advantage | None:  # fmt: skip
-    """As reference.advantage; None when an argument holds a bad value. Host reads and graph capture: advantage_cuda."""
     rows, device = len(outcome), outcome.device
     result, token_reward, score = (torch.empty(size, device=device) for size in (tokens, tokens, rows))
     sizes = FIELDS * rows, 4 * rows, 3 * rows, 3

@@ -5,23 +5,47 @@ import triton.language as tl
 
 
 @triton.jit
-def _scale(bound):
+def scale_of(bound):
     """2^(40 - exponent of bound), so that no |x| <= bound exceeds 2^40 when multiplied by it."""
     exponent = tl.maximum((bound.to(tl.int64, bitcast=True) >> 52) & 0x7FF, 100)
     return ((1023 + 40 + 1022 - exponent) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def _fixed(x, scale):
+def fixed_parts(x, scale):
     x = x * scale
     high = x.to(tl.int64)
-    low = ((x - high.to(tl.float64)) * 1099511627776.0).to(tl.int64)  # 2^40
+    return high, ((x - high.to(tl.float64)) * 1099511627776.0).to(tl.int64)  # 2^40
+
+
+@triton.jit
+def _fixed(x, scale):
+    high, low = fixed_parts(x, scale)
     return tl.sum(high), tl.sum(low)
 
 
 @triton.jit
-def _float(high, low, scale):
+def from_fixed(high, low, scale):
     return (high.to(tl.float64) + low.to(tl.float64) / 1099511627776.0) / scale
+
+
+@triton.jit
+def exact_sum(x, rows, stride: tl.constexpr, rows_block: tl.constexpr):
+    """Of x[0], x[stride], ..: the same bits in any order."""
+    largest = tl.full((), 0.0, tl.float64)
+    for at in range(0, rows, rows_block):
+        j = at + tl.arange(0, rows_block)
+        value = tl.load(x + stride * j, mask=j < rows, other=0.0, cache_modifier=".cg")
+        largest = tl.maximum(largest, tl.max(tl.abs(value)))
+    scale = scale_of(largest)
+    whole = tl.full((), 0, tl.int64)
+    part = whole
+    for at in range(0, rows, rows_block):
+        j = at + tl.arange(0, rows_block)
+        high, low = _fixed(tl.load(x + stride * j, mask=j < rows, other=0.0, cache_modifier=".cg"), scale)
+        whole += high
+        part += low
+    return from_fixed(whole, part, scale)
 
 
 @triton.jit
@@ -52,7 +76,7 @@ def baseline(
         low = tl.minimum(low, tl.min(tl.where(member, value, float("inf"))))
         high = tl.maximum(high, tl.max(tl.where(member, value, float("-inf"))))
     bound = high - low
-    scale = _scale(bound)
+    scale = scale_of(bound)
     whole = tl.full((), 0, tl.int64)
     part = tl.full((), 0, tl.int64)
     for at in range(0, rows, rows_block):
@@ -62,12 +86,12 @@ def baseline(
         a, b = _fixed(tl.where(member, value - low, 0.0), scale)
         whole += a
         part += b
-    mean = _float(whole, part, scale) / count
+    mean = from_fixed(whole, part, scale) / count
     spread = tl.full((), 1.0, tl.float64)
     if estimator == 0:
         spread = count / (count - 1)
     if estimator == 2:
-        scale = _scale(bound * bound)
+        scale = scale_of(bound * bound)
         whole = tl.full((), 0, tl.int64)
         part = tl.full((), 0, tl.int64)
         for at in range(0, rows, rows_block):
@@ -77,7 +101,7 @@ def baseline(
             a, b = _fixed(tl.where(member, value * value, 0.0), scale)
             whole += a
             part += b
-        spread = tl.sqrt(_float(whole, part, scale) / (count - 1))
+        spread = tl.sqrt(from_fixed(whole, part, scale) / (count - 1))
     for at in range(0, rows, rows_block):
         j = at + lane
         member = (tl.load(group + j, mask=j < rows, other=0) == mine) & (j < rows)
@@ -160,7 +184,7 @@ def finish(
     inverse_std = tl.full((), 1.0, tl.float64)
     if whiten:
         tl.debug_barrier()
-        scale, scale_squares = _scale(largest), _scale(largest_squares)
+        scale, scale_squares = scale_of(largest), scale_of(largest_squares)
         high = tl.full((), 0, tl.int64)
         low, high_squares, low_squares = high, high, high
         for at in range(0, rows, rows_block):
@@ -175,9 +199,9 @@ def finish(
             high_squares += whole
             low_squares += part
         tokens_ = tokens.to(tl.float64)
-        sum_ = _float(high, low, scale)
+        sum_ = from_fixed(high, low, scale)
         mean = sum_ / tokens_
-        variance = (_float(high_squares, low_squares, scale_squares) - mean * sum_) / tl.maximum(tokens_ - 1, 1.0)
+        variance = (from_fixed(high_squares, low_squares, scale_squares) - mean * sum_) / tl.maximum(tokens_ - 1, 1.0)
         inverse_std = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + 1e-8)
     tl.store(moments, mean)
     tl.store(moments + 1, inverse_std)

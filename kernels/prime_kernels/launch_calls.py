@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import prime_kernels
 from prime_kernels import checks, tune
+from prime_kernels.reference_credit import CREDITS
 
 HEADS = (1, 16, 17, 64, 100, 128, 321, 576, 896, 1536, 2048, 2112, 3584, 4001, 8192)  # hidden sizes
 OUTER = ("dtype", "H", "PRIME_KERNELS_LOGITS")  # combined each with each; of the other axes, any two
@@ -71,6 +72,23 @@ def ids(s: Setting) -> torch.Tensor:
 
 def logprobs(s: Setting, dtype: str) -> torch.Tensor | None:
     return None if s[dtype] is None else floats(tokens(s), dtype=s[dtype], layout=s["layout"])
+
+
+def credit(s: Setting) -> str:
+    return s["credit"] if len(s["rows"]) > 1 else "published"  # the others compare rows
+
+
+def step_numbers(s: Setting) -> torch.Tensor | None:
+    """Steps of two tokens."""
+    if s["step"] is None or credit(s) == "published":
+        return None
+    return integers([t // 2 for length in s["rows"] for t in range(length)], s, s["step"])
+
+
+def estimator(s: Setting) -> str:
+    if credit(s) != "published":
+        return "rloo"
+    return s["kind"] if len(s["rows"]) > 1 else "reinforce"  # which compares no rows
 
 
 def given(axis: str, make: Callable) -> Callable[[Setting], torch.Tensor | None]:
@@ -151,6 +169,12 @@ OPS = {
             "form": ("run", "paper"),
             "normalize": ("none", "batch"),
             "whiten": (False, True),
+            "credit": ("published", *CREDITS),
+            "step": (None, *checks.OFFSETS),
+            "shrink": (0.0, 1.5),
+            "prior": (0.5, 0.3),
+            "slope": (0.0, 0.1),
+            "offset": (0.0, 0.1),
         },
         {
             "prm_logprob": lambda s: logprobs(s, "prm"),
@@ -159,7 +183,10 @@ OPS = {
             "outcome": per_row,
             "cu_seqlens": offsets,
             "group": ids,
-            "estimator": lambda s: s["kind"] if len(s["rows"]) > 1 else "reinforce",  # which compares no rows
+            "estimator": estimator,
+            "credit": credit,
+            "step": step_numbers,
+            "shrink": lambda s: 0.0 if credit(s) == "published" else s["shrink"],
             "process_group": given("several_ranks", lambda s: dist.group.WORLD),
         },
     ),

@@ -26,6 +26,7 @@ from prime_kernels import advantage_cuda, advantage_rows, checks, dispatch, laun
 
 NOT_GPU = ("cpu", "torch")
 SUMS, STATUS = 8, 13  # places in csrc/advantage_cuda.cpp
+MOMENTS = 15  # place in csrc/credit_params.h
 devices = itertools.count(1000)  # Triton keeps what it compiled by the device's number: a new one for each driver
 
 
@@ -80,7 +81,7 @@ def launch(*arguments) -> None:
 
 
 class Extension:
-    """In the place of prime_kernels._cuda: which kernel csrc/advantage.cu would launch."""
+    """In the place of prime_kernels._cuda: which kernel csrc/advantage.cu and csrc/credit.cu would launch."""
 
     def __init__(self):
         self.kernels: dict[str, str] = {}  # name -> the first call that wanted it
@@ -92,6 +93,10 @@ class Extension:
         ctypes.memset(pointers[STATUS], 0, 8)
         name = f"advantage_kernel<{'__nv_bfloat16' if bfloat16 else 'float'}, {str(gamma != 1).lower()}>"
         self.kernels.setdefault(name, self.call)
+
+    def credit(self, pointers, *options) -> None:
+        ctypes.memset(pointers[MOMENTS], 0, 8 * 4)
+        self.kernels.setdefault(f"credit_kernel<{'__nv_bfloat16' if options[-2] else 'float'}>", self.call)
 
 
 def product(a, b, out, accumulate: bool = False):

@@ -58,7 +58,7 @@ def of_steps(credit, total, row, steps, outcome, others, start, offset, slope, g
         index = torch.arange(len(row), device=row.device) - steps[row]
         return standardised(total - before(total, total.new_zeros(())), index, process_group).clamp(-CLIP, CLIP)
     odds = (start / (1 - start))[row]
-    value, start = (exp(x) * odds / (1 + exp(x) * odds) for x in (offset + slope * total, total.new_tensor(offset)))
+    value, start = (1 / (1 + exp(-x) / odds) for x in (offset + slope * total, total.new_tensor(offset)))
     previous = before(value, start)
     if credit == "critic":
         return start - previous

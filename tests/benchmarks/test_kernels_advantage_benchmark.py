@@ -52,6 +52,11 @@ def test_share_of_the_copy_bandwidth():
     assert bench.share(tokens=10**6, seconds=1e-3, bandwidth=16e9) == pytest.approx(1.0)
 
 
+def test_a_credit_form_has_the_same_table():
+    _, *rows = bench.compare(1, "cpu", [2**13], credit="pav", slope=0.3, offset=0.1)
+    assert [row["candidate"] for row in rows] == ["cpu", "torch eager"]
+
+
 def test_the_table_of_shares_has_every_candidate():
     copy, *rows = bench.compare(1, "cpu", [2**13, 2**14])
     assert [(row["candidate"], row["tokens"]) for row in rows] == [

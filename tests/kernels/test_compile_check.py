@@ -104,18 +104,25 @@ def test_what_calls_reach_fits_the_chip(chip, monkeypatch):
     monkeypatch.setattr(compile_check, "cuda_reports", lambda chip, calls: [])  # the next test's
     reports, problems = compile_check.check(chip, (576,), strength=1)
     assert not problems and not [report for report in reports if report.problem], compile_check.table(reports)
-    assert {report.name for report in reports} == {"row_kernel", "vocabulary_kernel", "sum_rows", "write_rows"}
+    credit = {f"credit_{stage}" for stage in ("rows", "index", "deviations", "sums", "write")}
+    kernels = {"row_kernel", "vocabulary_kernel", "sum_rows", "write_rows"} | credit
+    assert {report.name for report in reports} == kernels
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA toolkit")
 def test_cuda_units_are_measured_and_hold_what_is_launched():
     calls = {"advantage_kernel<float, true>": "a call", "advantage_kernel<half, true>": "another"}
     units = {unit.name.partition(":")[2]: unit for unit in compile_check.cuda_reports(90, calls)}
-    assert len(units) == 4 and not any(unit.problem for unit in units.values())
+    assert len(units) == 6 and not any(unit.problem for unit in units.values())
     assert units["advantage_kernel<float, true>"].call == "a call" and calls.keys() - units == {
         "advantage_kernel<half, true>"
     }
-    settings = [{"prm": dtype, "gamma": gamma} for dtype in (torch.float32, torch.bfloat16) for gamma in (1.0, 0.9)]
+    settings = [
+        {"prm": dtype, "gamma": gamma, "credit": credit}
+        for dtype, gamma, credit in itertools.product(
+            (torch.float32, torch.bfloat16), (1.0, 0.9), launch_calls.OPS["prime_advantage"].axes["credit"]
+        )
+    ]
     plain = {name: values[0] for name, values in launch_calls.OPS["prime_advantage"].axes.items()}
     with launch_gate.gpu(90) as (_, extension):
         for setting in settings:
@@ -154,6 +161,9 @@ def test_what_the_gate_does_not_know_is_an_error(monkeypatch):
         ("prime_advantage", "kind", ("rloo", "reinforce"), "prime_advantage: estimator = grpo"),
         ("prime_advantage", "prm", (torch.float32, None), "prime_advantage: prm_logprob = torch.bfloat16"),
         ("prime_advantage", "whiten", (True,), "prime_advantage: whiten = False"),
+        ("prime_advantage", "credit", ("published", "pav"), "prime_advantage: credit = critic"),
+        ("prime_advantage", "step", (None, torch.int64), "prime_advantage: step = torch.int32"),
+        ("prime_advantage", "slope", (0.1,), "prime_advantage: slope other than {0.1}"),
         ("linear_prm_loss", "beta", (0.05,), "linear_prm_loss: beta other than {0.05}"),
         ("linear_prm_loss", "with_intercept", (False,), "linear_prm_loss: intercept = a value"),
         ("linear_prm_loss", "softcap", (None,), "linear_prm_loss: softcap = a value"),

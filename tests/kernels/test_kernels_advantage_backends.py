@@ -1,111 +1,36 @@
-"""prime_advantage on every back-end against the float64 reference.
+"""prime_advantage on every back-end against the float64 reference. How: advantage_backends.py."""
 
-"cuda" is the CUDA kernel itself, compiled for the host by tests/simt. "triton" needs Triton's interpreter, chosen when
-Triton is imported: one test at the end runs this file again in a process that has it. On a GPU another runs it with
-PRIME_KERNELS_TEST_DEVICE=cuda: both kernels themselves, on copies of the arguments that lie there.
-"""
-
-import ctypes
-import os
-import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from advantage_backends import (
+    BACKENDS,
+    BAD_OFFSETS,
+    DEVICE,
+    EXAMPLES,
+    INTERPRETING,
+    LONG,
+    LONG_GROUP,
+    check,
+    emulator,
+    group_of_one,
+    margins,
+    prime_advantage,
+    ragged,
+    run_again,
+    single,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_device import on_device
 from test_kernels_advantage import CASES, batches, options, packed, permute, repack
 
-from prime_kernels import advantage, advantage_cuda, dispatch, prime_advantage
-from prime_kernels.launch_calls import alone
+from prime_kernels import advantage, advantage_cuda
 
-HERE = Path(__file__).parent
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = os.environ.get("PRIME_KERNELS_TEST_DEVICE", "")  # cuda; or cpu, which rehearses that
-BACKENDS = ["triton"] if INTERPRETING else {"cuda": ["cuda", "triton"], "cpu": ["cpu"]}.get(DEVICE, ["cpu", "cuda"])
-EXAMPLES = 12 if INTERPRETING or DEVICE == "cuda" else 40
+__all__ = ["emulator", "group_of_one", "margins"]  # fixtures
 KINDS = [("rloo", "run"), ("rloo", "paper"), ("grpo", "run"), ("reinforce", "run")]
-
-
-class Emulator:
-    """csrc/advantage_kernel.h run by fibers, in the place of prime_kernels._cuda."""
-
-    def __init__(self, library: Path):
-        self.library, self.blocks, self.seed, self.launches = ctypes.CDLL(str(library)), 2, 0, 0
-
-    def advantage(self, pointers, tokens, rows, phase, estimator, process, normalize, whiten, *rest):
-        *scalars, bfloat16, _ = rest
-        self.launches += 1
-        self.library.advantage(
-            (ctypes.c_uint64 * 14)(*pointers), ctypes.c_longlong(tokens), rows, phase, estimator, process, normalize,
-            whiten, *map(ctypes.c_double, scalars), bfloat16, self.blocks, self.seed,
-        )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulator(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE:
-            patch.setitem(globals(), "prime_advantage", on_device(prime_advantage, DEVICE))
-            yield None
-            return
-        if INTERPRETING:
-            from prime_kernels import advantage_triton
-
-            patch.setattr(advantage_triton, "BLOCK", 16)
-            patch.setattr(advantage_triton, "ROWS", 4)
-            yield None
-            return
-        library = tmp_path_factory.mktemp("simt") / "advantage.so"
-        include = [f"-I{HERE / 'simt'}", f"-I{HERE.parents[1] / 'csrc'}"]
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(library)]
-        if shutil.which("g++") is None:
-            pytest.skip("g++ compiles the CUDA kernel for these tests")
-        subprocess.run(["g++", *flags, *include, str(HERE / "simt/advantage.cpp")], check=True)
-        emulator = Emulator(library)
-        patch.setattr(advantage_cuda, "extension", lambda name: emulator)
-        cuda = {"cuda": advantage_cuda.advantage}
-        patch.setattr(advantage, "resolve", lambda op, name, x: cuda.get(name) or dispatch.resolve(op, name, x))
-        yield emulator
-
-
-def single(batch):
-    return [x.float() if x.is_floating_point() else x for x in batch]
-
-
-def double(batch):
-    return [x.double() if x.is_floating_point() else x for x in batch]
-
-
-def check(batch, backend, *, rtol=3e-6, **kwargs):
-    """Against float64 on the same inputs, relative to the largest value."""
-    got, want = prime_advantage(*batch, backend=backend, **kwargs), prime_advantage(*double(batch), **kwargs)
-    for name in got._fields:
-        a, b = getattr(got, name), getattr(want, name)
-        assert a.dtype == torch.float32 and not a.requires_grad
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=rtol * max(1e-3, b.abs().max().item()), msg=name)
-    return got
-
-
-def ragged(lengths, group, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor(lengths)
-    prm, ref = -3 * torch.rand(2, int(lengths.sum()), generator=generator)
-    outcome = torch.randint(0, 3, lengths.shape, generator=generator) / 2
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    return [prm.to(dtype), ref.to(dtype), outcome, cu_seqlens, torch.tensor(group)]
-
-
-# kBlock is 512 on the CPU, kTile 1024 on CUDA, BLOCK 16 here in Triton
-LONG = [37, 16, 17, 1, 48, 49] if INTERPRETING else [2500, 1, 1024, 512, 1025, 513]
-LONG_GROUP = [5, -9, 5, -9, 5, -9]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -284,43 +209,6 @@ def test_a_bad_value_is_an_error_that_names_the_row(backend, batch, kwargs, mess
     check(ragged([2, 3, 1, 4], [4, 4, 9, 9]), backend)  # and leaves nothing behind
 
 
-BAD_OFFSETS = {  # of 10 tokens
-    "short": [0, 2, 5, 6, 9],
-    "long": [0, 2, 5, 6, 11],
-    "descending": [0, 5, 2, 6, 10],
-    "from 1 on": [1, 2, 5, 6, 10],
-    "empty row": [0, 2, 2, 6, 10],
-    "negative": [0, -3, 5, 6, 10],
-    "all negative": [-9, -7, -5, -3, -1],
-    "negative end": [0, 2, 5, 6, -1],
-    "nothing": [0, 0, 0, 0, 0],
-    "beyond int32": [0, 2**32 + 2, 5, 6, 10],
-    "differences beyond int32": [0, 2**31 - 1, -5, 6, 10],
-}
-
-
-@pytest.fixture
-def group_of_one():
-    with alone() as group:
-        yield group
-
-
-@pytest.fixture
-def margins(monkeypatch):
-    """What torch.empty gives stands between two margins; -> a function that says whether they are untouched."""
-    empty, buffers = torch.empty, []
-
-    def guarded(*size, **options):
-        size = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        buffer = torch.full((size.numel() + 128,), 7, **options)
-        buffers.append(buffer)
-        return buffer[64:-64].view(size)
-
-    monkeypatch.setattr(torch, "empty", guarded)
-    yield lambda: all((x[:64] == 7).all() and (x[-64:] == 7).all() for x in buffers)
-    monkeypatch.setattr(torch, "empty", empty)
-
-
 @pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @pytest.mark.parametrize("several_ranks", [False, True])
 @pytest.mark.parametrize("offsets", BAD_OFFSETS)
@@ -424,13 +312,33 @@ def test_a_process_group_of_one_changes_nothing(backend, group_of_one, emulator)
 
 @pytest.mark.parametrize("backend", ["triton"] if INTERPRETING else [None, "cpu", "torch"])
 @pytest.mark.parametrize("with_prm", [True, False])
-def test_opcheck(backend, with_prm):
+@pytest.mark.parametrize("credit", ["published", "td"])
+def test_opcheck(backend, with_prm, credit):
     prm, ref, *rest = ragged([3, 2, 4, 1], [1, 1, 2, 2])
     given = (prm, ref, *rest) if with_prm else (None, None, *rest)
     weight = 1.0 if with_prm else 0.0
     torch.library.opcheck(
         torch.ops.prime_kernels.prime_advantage,
-        (*given, 0.05, 0.9, 1.0, weight, 1.0, "rloo", "run", "batch", True, None, backend),
+        (
+            *given,
+            0.05,
+            0.9,
+            1.0,
+            weight,
+            1.0,
+            "rloo",
+            "run",
+            "batch",
+            True,
+            "published",
+            None,
+            0.0,
+            0.5,
+            0.0,
+            0.0,
+            None,
+            backend,
+        ),
     )
 
 
@@ -451,33 +359,13 @@ def test_compiles_to_one_graph(backend):
         step(torch.tensor([0.0, float("nan")]), torch.zeros(2), torch.ones(2), torch.arange(3), torch.ones(2).long())
 
 
-def run_again(**environment):
-    """This file in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-q",
-        "-W",
-        "ignore",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    ]
-    done = processes.run(command, env=processes.environment(**environment), timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50, done.stdout[-500:]
-
-
 @pytest.mark.skipif(INTERPRETING or bool(DEVICE), reason="this is what runs it")
 def test_triton_in_the_interpreter():
     pytest.importorskip("triton", reason="pip install triton==3.7.1")
-    run_again(TRITON_INTERPRET="1")
+    run_again(__file__, 50, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(INTERPRETING or bool(DEVICE), reason="this is what runs it")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_this_gpu():
-    run_again(PRIME_KERNELS_TEST_DEVICE="cuda")
+    run_again(__file__, 50, PRIME_KERNELS_TEST_DEVICE="cuda")

@@ -146,6 +146,15 @@ def test_value_terms_sum_to_what_the_row_changed():
         assert math.isclose(float(pav.advantage[a:b].sum()), change, abs_tol=1e-9)
 
 
+@pytest.mark.parametrize("credit", CREDITS)
+def test_log_ratios_beyond_the_exponential_function_are_certain(credit):
+    """Of a group that always succeeds, and with steps of overwhelming evidence: V is 0 or 1, not NaN."""
+    q = torch.tensor([9e4, -9e4, -9e4, 1.0, 9e4], dtype=torch.float64)
+    batch = (q, torch.zeros_like(q), torch.ones(2).double(), torch.tensor([0, 2, 5]), torch.zeros(2, dtype=torch.int64))
+    options = {"slope": 20.0, "prior": 1 - 1e-6, "beta": 0.05, "whiten": False, "credit": credit}
+    assert prime_advantage(*batch, **options).advantage.isfinite().all()
+
+
 BATCH = (
     torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), torch.tensor([1.0, 0.0]).double(),
     torch.tensor([0, 2, 5]), torch.zeros(2, dtype=torch.int64),

@@ -18,6 +18,7 @@ from on_device import on_device
 
 import prime_kernels
 from prime_kernels import linear_logprob, linear_policy_loss, linear_prm_loss, prime_advantage
+from prime_kernels.reference_credit import CREDITS
 
 DEVICE = os.environ.get("PRIME_KERNELS_TEST_DEVICE") or "cuda"
 ON_GPU = DEVICE == "cuda"
@@ -203,6 +204,8 @@ def rows(lengths, seed=0, device=DEVICE):
     return [x.to(device) for x in (prm, ref, outcome, cuts, torch.arange(len(lengths)) // 2)]
 
 
+CREDIT = {"slope": 0.3, "offset": 0.2, "shrink": 1.5, "gamma": 0.95}
+FORMS = [{}, *({"credit": name} | CREDIT for name in CREDITS)]
 LENGTHS = [5000, 1, 700, 1024, 513, 64] if ON_GPU else [50, 1, 7, 11]
 
 
@@ -212,7 +215,7 @@ def test_advantages_of_a_large_batch(name):
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 4000 if ON_GPU else 40, (2000,), generator=generator).tolist()
     batch = rows([*lengths, 70_000 if ON_GPU else 700, 1])
-    for options in ({}, {"gamma": 0.999, "form": "paper"}):
+    for options in (*FORMS, {"gamma": 0.999, "form": "paper"}):
         got = prime_advantage(*batch, backend=name, **options)
         want = prime_advantage(*(x.double() if x.is_floating_point() else x for x in batch), **options)
         for g, w in zip(got, want, strict=True):
@@ -233,9 +236,10 @@ def test_small_linear_set(name):
 @pytest.mark.parametrize("name", ADVANTAGE)
 def test_small_advantage_set(name):
     batch = rows([50, 1, 600, 11])
-    want = prime_advantage(*(x.double() if x.is_floating_point() else x for x in batch)).advantage
-    got = prime_advantage(*batch, backend=name).advantage
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+    for options in FORMS:
+        want = prime_advantage(*(x.double() if x.is_floating_point() else x for x in batch), **options).advantage
+        got = prime_advantage(*batch, backend=name, **options).advantage
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
 
 # ---- what only a GPU has
@@ -259,29 +263,31 @@ def test_linear_ops_follow_the_current_stream(op):
 
 @only_gpu
 @pytest.mark.parametrize("name", ADVANTAGE)
-def test_advantages_follow_the_current_stream(name):
+@pytest.mark.parametrize("options", [FORMS[0], FORMS[-1]], ids=["published", "credit"])
+def test_advantages_follow_the_current_stream(name, options):
     batch = rows(LENGTHS)
-    want = prime_advantage(*batch, backend=name)
+    want = prime_advantage(*batch, backend=name, **options)
     late = torch.full_like(batch[0], torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)
         late.copy_(batch[0])
-        got = prime_advantage(late, *batch[1:], backend=name)
+        got = prime_advantage(late, *batch[1:], backend=name, **options)
         torch.cuda.current_stream().synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @only_gpu
 @pytest.mark.parametrize("name", ADVANTAGE)
-def test_advantages_in_a_graph(name):
+@pytest.mark.parametrize("options", [{"gamma": 0.99}, *FORMS[1:]], ids=["published", *CREDITS])
+def test_advantages_in_a_graph(name, options):
     """A replay computes with what the inputs hold then; a bad value leaves no number to use."""
     first, second = rows(LENGTHS, seed=1), rows(LENGTHS, seed=2)
-    want = prime_advantage(*second, backend=name, gamma=0.99)
-    prime_advantage(*first, backend=name, gamma=0.99)  # compiles
+    want = prime_advantage(*second, backend=name, **options)
+    prime_advantage(*first, backend=name, **options)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = prime_advantage(*first, backend=name, gamma=0.99)
+        got = prime_advantage(*first, backend=name, **options)
     for held, new in zip(first, second, strict=True):
         held.copy_(new)
     graph.replay()

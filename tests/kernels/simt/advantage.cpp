@@ -1,7 +1,8 @@
-// csrc/advantage_kernel.h on the host; the arguments are those of csrc/advantage_cuda.cpp.
+// The kernels of prime_advantage on the host; the arguments are those of csrc/advantage_cuda.cpp and credit_cuda.cpp.
 #include <cuda_runtime.h>
 
 #include "advantage_groups.h"
+#include "credit_kernel.h"
 
 extern "C" void advantage(const uintptr_t* q, long long tokens, int rows, int phase, int estimator, int process,
                           int normalize, int whiten, double beta, double gamma, double outcome_gamma,
@@ -21,5 +22,23 @@ extern "C" void advantage(const uintptr_t* q, long long tokens, int rows, int ph
             gamma != 1 ? run<__nv_bfloat16, true>(p, t, sync) : run<__nv_bfloat16, false>(p, t, sync);
         else
             gamma != 1 ? run<float, true>(p, t, sync) : run<float, false>(p, t, sync);
+    });
+}
+
+extern "C" void credit(const uint64_t* pointers, long long tokens, int rows, int first, int last, int form, int process,
+                       int whiten, const double* numbers, int bfloat16, int blocks, unsigned seed) {
+    using namespace prime;
+    CreditPointers addresses;
+    CreditNumbers values;
+    std::copy(pointers, pointers + addresses.size(), addresses.begin());
+    std::copy(numbers, numbers + values.size(), values.begin());
+    CreditParams p = credit_params(addresses, tokens, rows, first, last, form, process, whiten, values);
+    prepare(p);
+    blocks = std::min(blocks, rows);
+    std::vector<Shared> shared(blocks);
+    simt::run(blocks, kThreads, seed, [&] {
+        Thread t(shared[blockIdx.x]);
+        const auto sync = [] { simt::wait(simt::grid_barrier); };
+        bfloat16 ? run_credit<__nv_bfloat16>(p, t, sync) : run_credit<float>(p, t, sync);
     });
 }

@@ -126,7 +126,8 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
 }
 inline bool __any_sync(unsigned mask, bool bit) { return __ballot_sync(mask, bit) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int atomicAdd(int* p, int x) { const int old = *p; *p += x; return old; }
+template <typename T>
+T atomicAdd(T* p, T x) { const T old = *p; *p += x; return old; }
 template <typename T>
 T __ldcs(const T* p) { return *p; }
 template <typename T>
