@@ -15,7 +15,7 @@ import numpy as np
 from prime_fast.stages import quickstart
 
 COLUMNS = [(a, b, carry) for a in range(10) for b in range(10) for carry in range(2)]
-MISCONCEPTIONS = 50  # of the 200 columns
+MISCONCEPTIONS = 70  # of the 200 columns
 STEP = re.compile(r"(\d)\+(\d)=(\d)(\d)")  # carry and digit
 
 
