@@ -14,7 +14,7 @@ scale      how long the mean estimate is along the gradient, in gradients; direc
            what counts behind whitening and Adam
 variance   of a batch's estimate, all parameters together, relative to RLOO's
 signal     (mean estimate along the gradient)^2 / variance, relative to RLOO's: how many times the rollouts RLOO needs
-           for an estimate as sharp
+           for an estimate as sharp; below 0 where it points the wrong way
 
 Slope and offset are what the trainer would fit to four steps of 64 groups of 4 with the gate "evidence"; "trusted" PRMs
 have slope 1, whatever they are worth.
@@ -207,7 +207,7 @@ def measure(problem, ratio, fit, form, batches: int, generator: torch.Generator)
         "scale": float(along / size),
         "direction": float(along / mean.norm()),
         "variance": float(variance / size**2),
-        "signal": float(along.square() / variance),
+        "signal": float(along * along.abs() / variance),
     }
 
 

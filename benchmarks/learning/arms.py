@@ -27,7 +27,9 @@ TASKS = {
     # a policy so slow that the PRM can run ahead of it
     "gentle": Task(CHAINS, (), ("policy.lr=3.0e-5", "steps=150"), start="chain6"),
     "addition": Task(
-        ADDITION, (), (f"reward.function={ADDITION}:compute_score", "data.max_prompt=16", "rollout.max_response=56")
+        ADDITION,
+        ("--sft", str(500 * 64)),
+        (f"reward.function={ADDITION}:compute_score", "data.max_prompt=16", "rollout.max_response=56", "sft.steps=500"),
     ),
 }
 

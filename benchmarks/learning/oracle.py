@@ -52,8 +52,8 @@ def labelled(step_labels: Labels) -> type[stream.Stream]:
             super().put(group)
             self.rewards += label_rewards(group, step_labels)
 
-        def finish(self) -> stream.Scored:
-            scored = super().finish()
+        def finish(self, *others) -> stream.Scored:
+            scored = super().finish(*others)
             reference = scored.ref_logprob[1.0]
             ratio = torch.cat(self.rewards).to(reference) / self.what.beta
             score = torch.stack([reward.sum() for reward in self.rewards]).to(reference)

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,10 +234,29 @@ def test_arms_are_compared_within_pairs():
     assert summary.paired({"7": arm["7"]}, base) is None
 
 
+@pytest.mark.parametrize("task", arms.TASKS)
+def test_every_arm_is_a_run(study, task):
+    study = replace(study, out=study.out.with_name(task), task=task)
+    names = [
+        *arms.FORMS,
+        *(f"pav+{addition}" for addition in sorted(set(arms.ADDITIONS) - {"prefix", "all", "passes"})),
+        "td+step+shrunk+warm",
+        "odds+oracle",
+    ]
+    for helper in arms.HELPERS:
+        fake_run(study, helper, 0, records(2, 0.0))
+    made = {name: load_config("configs/quickstart.yaml", study.train_overrides(name, 0)) for name in names}
+    for name, config in made.items():
+        assert config.prime.credit in ({name.split("+")[0].split("-")[0]} | {"published", "critic"}), name
+        assert config.policy == made["rloo"].policy and config.seed == 0, name
+        assert config.uses_prm != name.startswith("rloo"), name
+    assert len({str(config.model_dump(exclude={"run_dir"})) for config in made.values()}) == len(made)
+
+
 def test_arms_are_added_up():
     arm = arms.arm("pav+step+warm+prefix")
     assert arm.label == "pav, by steps, warm PRM, prefix loss" and arm.helper == "warmup+prefix" and not arm.oracle
-    assert arm.overrides[:2] == arms.PAV and "prm.loss=prefix" in arm.overrides
+    assert arm.overrides[: len(arms.PAV)] == arms.PAV and "prm.loss=prefix" in arm.overrides
     assert "prm.loss=prefix" in arms.arm("warmup+prefix").overrides
     assert arms.arm("pav+warm").helper == "warmup" and arms.arm("critic+oracle").oracle
     for wrong in ("pave", "pav+wram", "pav+warm+warm", "warm"):
@@ -259,7 +279,7 @@ def test_tasks_differ_in_their_settings(study):
     for name, task in arms.TASKS.items():
         maker = importlib.import_module(task.module)
         config = load_config("configs/quickstart.yaml", task.overrides)
-        size = int(task.arguments[1]) if task.arguments else 6
+        size = int(task.arguments[1]) if "--chain" in task.arguments else 6
         random = np.random.default_rng()
         for prompt in (maker.problem(random, size) for _ in range(100)):
             assert len(prompt) <= config.data.max_prompt, name
