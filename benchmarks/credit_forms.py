@@ -60,7 +60,7 @@ FORMS = {
     "td, lambda 0": {"credit": "td", "gamma": 0.0},
 }
 OF_GROUPS = ("critic", "pav", "lookahead", "td")  # credits that know a group by its outcomes, and no other group
-PRMS = ("perfect", "noisy", "late", "noise", "noise, trusted", "wrong", "wrong, trusted")
+PRMS = ("perfect", "noisy", "one step late", "late", "noise", "noise, trusted", "wrong", "wrong, trusted")
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,16 @@ def make_prm(problem: Problem, name: str, generator: torch.Generator) -> Tensor:
     known = (problem.value().logit() - torch.tensor(problem.mean).logit()).clamp(-CERTAIN, CERTAIN)
     table = torch.randn(problem.policy.numel(), generator=generator, dtype=torch.float64)
     noise = table[problem.prefix * ACTIONS + problem.tokens]
-    total = {"perfect": known, "noisy": known + noise, "noise": noise, "wrong": -known, "late": known.clone()}[kind]
-    if kind == "late":
-        total[:, :-1] = 0
+    delayed = F.pad(known[:, :-1], (1, 0))
+    at_the_end = F.pad(known[:, -1:], (LENGTH - 1, 0))
+    total = {
+        "perfect": known,
+        "noisy": known + noise,
+        "one step late": delayed,
+        "late": at_the_end,
+        "noise": noise,
+        "wrong": -known,
+    }[kind]
     return total.diff(dim=1, prepend=torch.zeros_like(total[:, :1])) / BETA
 
 

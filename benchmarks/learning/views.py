@@ -99,7 +99,7 @@ def _ratio(level: dict, key: str, seeds: int) -> str:
     """`*`: fewer of the arm's runs reached the level than of RLOO's, so that the ratio flatters it."""
     if level[key] is None:
         return f"- (reached by {level['reached']} and {level['base_reached']})"
-    missing = f" ({level['pairs']} pairs)" if level["pairs"] < seeds else ""
+    missing = f" ({level['pairs']} of {seeds} pairs)" if level["pairs"] < seeds else ""
     return _range(level[key], ".2f") + missing + (" *" if level["reached"] < level["base_reached"] else "")
 
 

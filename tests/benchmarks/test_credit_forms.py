@@ -86,8 +86,9 @@ def test_a_good_prm_makes_progress_sharper_than_outcomes(problem):
     assert signal["pav, k 2"] > 1.3 * signal["RLOO"] and signal["critic"] > signal["RLOO"]
 
 
-def test_a_wrong_prm_is_not_used(problem):
-    ratio = credit_forms.make_prm(problem, "wrong", generator(1))
+@pytest.mark.parametrize("prm", ["wrong", "late"])
+def test_a_prm_without_worth_is_not_used(problem, prm):
+    ratio = credit_forms.make_prm(problem, prm, generator(1))
     fit = credit_forms.fitted(problem, ratio, generator(2))
     assert fit.slope == 0 and relative_error(problem, ratio, "pav, k 2", fit) < 1e-9
 

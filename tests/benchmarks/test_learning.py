@@ -231,6 +231,11 @@ def test_arms_are_compared_within_pairs():
     assert levels["0.95"] == {"reached": 0, "base_reached": 1, "pairs": 0, "ratio": None, "ratio_with_warmup": None}
     assert result["final_difference"][0] == pytest.approx(0.03) and result["mean_difference"][0] == pytest.approx(0.015)
     assert result["error_ratio"] == pytest.approx(0.03 / 0.06)
+    row = views.pair_table({"arm": {"label": "arm", "against_rloo": result}}).splitlines()[-1]
+    assert (
+        "| 0.71 [" in row
+        and "| 0.50 (1 of 2 pairs) * | - (reached by 0 and 1) | 0.70 (1 of 2 pairs) * | +0.030 [" in row
+    )
     assert summary.paired({"7": arm["7"]}, base) is None
 
 
