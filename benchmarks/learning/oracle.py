@@ -3,8 +3,8 @@
     python -m benchmarks.learning.oracle prime_fast.stages.quickstart train CONFIG key=value ...
 
 The first argument is the task's module, whose `step_labels` are taken; the rest is a command line of prime-fast, with
-prime.update=none. Where a step's result stands, beta * log-ratio is 1 if the step is right and -1 if it is wrong; it is
-0 elsewhere. All that follows, from calibration to the policy's update, is the trainer's.
+prime.update=none. Where a step's result stands, beta * log-ratio is RIGHT or WRONG; it is 0 elsewhere. All that
+follows, from calibration to the policy's update, is the trainer's.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from prime_fast import cli, stream, trainer
 from prime_fast.engine.batch import Group
 from prime_fast.stages.quickstart import CHARACTERS
 
+# As log-odds of success move: one error decides, a right step adds a little. With 1 and -1 the sum rises along every
+# response, and a value that is linear in it explains nothing (measured: 1 - Var(R - B) / Var(R - b) is -0.2, not 0.4)
+RIGHT, WRONG = 0.1, -1.0
 Labels = Callable[[str, str], list[tuple[int, bool]]]
 
 
 def label_rewards(group: Group, step_labels: Labels) -> list[Tensor]:
-    """(L,) of each response: 1 or -1 where a step ends, 0 elsewhere."""
+    """(L,) of each response: RIGHT or WRONG where a step ends, 0 elsewhere."""
     prompt, rewards = text(group.prompt), []
     for sample in group.samples:
         reward = torch.zeros(len(sample.tokens))
         for position, right in step_labels(prompt, text(sample.tokens)):
-            reward[position] = 1.0 if right else -1.0
+            reward[position] = RIGHT if right else WRONG
         rewards.append(reward)
     return rewards
 

@@ -301,7 +301,10 @@ def test_labels_take_the_place_of_the_prm():
     samples = tuple(Sample(torch.tensor(tokens), torch.zeros(len(tokens)), False) for tokens in samples)
     rewards = oracle.label_rewards(Group(0, 0, tuple(encode), samples, (1.0, 0.0)), quickstart.step_labels)
     assert [reward.nonzero().flatten().tolist() for reward in rewards] == [[4, 10], [4, 10]]
-    assert [reward[[4, 10]].tolist() for reward in rewards] == [[1, 1], [-1, 1]]
+    assert [reward[[4, 10]].tolist() for reward in rewards] == [
+        pytest.approx([oracle.RIGHT, oracle.RIGHT]),
+        pytest.approx([oracle.WRONG, oracle.RIGHT]),
+    ]
 
 
 LABELS = """
@@ -319,7 +322,8 @@ def test_a_run_is_rewarded_by_labels(workspace, tmp_path):
     assert done.returncode == 0, done.stderr
     record = read_metrics(tmp_path / "run")[-1]
     mean, std = record["process_reward_mean"], record["process_reward_std"]
-    assert -1 < mean < 1 and mean**2 + std**2 == pytest.approx(1, abs=0.01)  # every token's reward is 1 or -1
+    assert oracle.WRONG < mean < oracle.RIGHT  # every token's reward is one of the two, which leaves them one std
+    assert std == pytest.approx(((oracle.RIGHT - mean) * (mean - oracle.WRONG)) ** 0.5, rel=0.01)
     assert record["policy_applied"] and record["process_over_outcome"] > 0
 
 
