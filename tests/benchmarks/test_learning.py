@@ -244,11 +244,11 @@ def test_every_arm_is_a_run(study, task):
     study = replace(study, out=study.out.with_name(task), task=task)
     names = [
         *arms.FORMS,
-        *(f"pav+{addition}" for addition in sorted(set(arms.ADDITIONS) - {"prefix", "all", "passes"})),
+        *(f"pav+{addition}" for addition in arms.ADDITIONS),
         "td+step+shrunk+warm",
         "odds+oracle",
     ]
-    for helper in arms.HELPERS:
+    for helper in (*arms.HELPERS, "warmup+prefix"):
         fake_run(study, helper, 0, records(2, 0.0))
     made = {name: load_config("configs/quickstart.yaml", study.train_overrides(name, 0)) for name in names}
     for name, config in made.items():
