@@ -246,6 +246,7 @@ def test_every_arm_is_a_run(study, task):
         *arms.FORMS,
         *(f"pav+{addition}" for addition in arms.ADDITIONS),
         "td+step+shrunk+warm",
+        "pav+warm+prefix",
         "odds+oracle",
     ]
     for helper in (*arms.HELPERS, "warmup+prefix"):
