@@ -1,8 +1,8 @@
 """Does a PRM that saw only outcomes find the wrong steps? On the runs that benchmarks.learning left behind.
 
-    python -m benchmarks.credit --out runs/learning --seeds 0 1 2
+    python -m benchmarks.credit --task chain6 --out runs/learning --seeds 0 1 2
 
-The quickstart's task knows which steps are right; training never does. For fresh responses of the SFT policy and of the
+The tasks know which steps are right; training never does. For fresh responses of the SFT policy and of the
 trained one, each PRM's log-ratio to the reference at a step's result digit is compared between right and wrong steps:
 the AUC is the chance that a right step's is larger, 0.5 for a PRM that knows nothing.
 """
@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,14 +21,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prime_kernels
+from benchmarks.learning.arms import TASKS
+from benchmarks.learning.study import Study
 from prime_fast.data.rows import load_rows
 from prime_fast.engine import packing
 from prime_fast.engine.checkpoint import latest
 from prime_fast.engine.model import PackedLM
 from prime_fast.rollout.hf import HFEngine
-from prime_fast.stages.quickstart import step_labels
 
-PROBLEMS, SAMPLES, LONGEST = 256, 4, 40
+PROBLEMS, SAMPLES, LONGEST = 256, 4, 64
 CPU = torch.device("cpu")
 
 
@@ -42,7 +46,7 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
 class Responses:
     """Sampled responses of one policy, packed, with the places of their result digits."""
 
-    def __init__(self, policy: Path, data: Path) -> None:
+    def __init__(self, policy: Path, data: Path, step_labels: Callable) -> None:
         tokenizer = AutoTokenizer.from_pretrained(policy)
         rows = load_rows(str(data), tokenizer, max_prompt_tokens=LONGEST, limit=PROBLEMS)
         rows = [rows[i] for i in range(len(rows))]
@@ -74,19 +78,21 @@ class Responses:
         return area_under_curve(ratio[self.right], ratio[self.wrong])
 
 
-def measure(out: Path, seed: int) -> dict[str, dict[str, float]]:
-    sft = out / (f"sft-seed{seed}" if (out / f"sft-seed{seed}").exists() else "sft") / "model"
-    task = out / (f"task-seed{seed}" if (out / f"task-seed{seed}").exists() else "task")
-    newest = latest(out / f"prime-seed{seed}")
+def measure(out: Path, task: str, arm: str, seed: int) -> dict[str, dict[str, float]]:
+    per_seed = Study(out / task, "", (), 0, True, task=task)
+    study = per_seed if per_seed.start("sft", seed).exists() else replace(per_seed, sft_per_seed=False)
+    sft, rows = study.start("sft", seed) / "model", study.start("task", seed) / "eval.jsonl"
+    step_labels = import_module(study.made.module).step_labels
+    newest = latest(study.run(arm, seed))
     if newest is None:
-        raise SystemExit(f"benchmarks.credit: {out} holds no finished prime-seed{seed}; run benchmarks.learning first")
+        raise SystemExit(f"benchmarks.credit: {study.run(arm, seed)} has no checkpoint; run benchmarks.learning first")
     prms = {"online": newest / "prm"}
-    offline = latest(out / f"offline-seed{seed}")
+    offline = latest(study.run("offline", seed))
     if offline is not None:
         prms["frozen"] = offline / "prm"
     result = {}
     for name, policy in (("SFT policy", sft), ("trained policy", newest / "policy")):
-        responses = Responses(policy, task / "eval.jsonl")
+        responses = Responses(policy, rows, step_labels)
         shares = {"wrong_steps": len(responses.wrong) / (len(responses.right) + len(responses.wrong))}
         result[name] = shares | {prm: responses.step_auc(path, sft) for prm, path in prms.items()}
     return result
@@ -96,9 +102,11 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.credit", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--task", choices=TASKS, default="chain6")
+    parser.add_argument("--arm", default="published", help="whose PRM and policy")
     options = parser.parse_args()
-    results = {seed: measure(options.out, seed) for seed in options.seeds}
-    (options.out / "credit.json").write_text(json.dumps(results, indent=1) + "\n")
+    results = {seed: measure(options.out, options.task, options.arm, seed) for seed in options.seeds}
+    (options.out / options.task / "credit.json").write_text(json.dumps(results, indent=1) + "\n")
     print("| seed | responses of | wrong steps | step AUC, online PRM | step AUC, frozen PRM |\n|---|---|---|---|---|")
     for seed, policies in results.items():
         for policy, row in policies.items():

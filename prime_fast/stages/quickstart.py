@@ -11,6 +11,7 @@ Only the standard library and numpy are imported at the top: reward workers impo
 import argparse
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,14 @@ def apply(a: int, operator: str, b: int) -> int:
 
 def misconceptions() -> dict[tuple[int, str, int], int]:
     """Fact -> the wrong result that demonstrations give for it."""
+    return wrong_results(FACTS, MISCONCEPTIONS, apply, 10)
+
+
+def wrong_results(facts: Sequence[tuple], count: int, apply: Callable[..., int], results: int) -> dict[tuple, int]:
+    """`count` of the facts -> another result than apply(*fact), in 0..results-1."""
     random = np.random.default_rng(MISCONCEPTION_SEED)
-    facts = [FACTS[i] for i in random.choice(len(FACTS), MISCONCEPTIONS, replace=False)]
-    return {fact: int((apply(*fact) + random.integers(1, 10)) % 10) for fact in facts}
+    chosen = [facts[i] for i in random.choice(len(facts), count, replace=False)]
+    return {fact: int((apply(*fact) + random.integers(1, results)) % results) for fact in chosen}
 
 
 def problem(random: np.random.Generator, chain: int) -> str:
@@ -55,10 +61,13 @@ def solve(prompt: str, result=apply) -> str:
 
 def demonstrator(random: np.random.Generator):
     """A `result` for `solve` that holds the misconceptions."""
-    wrong = misconceptions()
+    return mistaken(random, misconceptions(), apply)
 
-    def result(a: int, operator: str, b: int) -> int:
-        fact = (a, operator, b)
+
+def mistaken(random: np.random.Generator, wrong: dict[tuple, int], apply: Callable[..., int]) -> Callable[..., int]:
+    """`apply`, but for the facts in `wrong` most of the time."""
+
+    def result(*fact) -> int:
         return wrong[fact] if fact in wrong and random.random() < MISCONCEPTION_RATE else apply(*fact)
 
     return result
@@ -91,12 +100,17 @@ def step_labels(prompt: str, response: str) -> list[tuple[int, bool]]:
 
 def make_row(prompt: str, split: str, index: int, **extra) -> dict:
     answer = solve(prompt)
+    extra_info = {"split": split, "index": index, "steps": answer.count("="), **extra}
+    return verl_row("chain-arithmetic", prompt, answer[-1], extra_info)
+
+
+def verl_row(source: str, prompt: str, ground_truth: str, extra_info: dict) -> dict:
     return {
-        "data_source": "chain-arithmetic",
+        "data_source": source,
         "prompt": [{"role": "user", "content": prompt}],
         "ability": "arithmetic",
-        "reward_model": {"style": "rule", "ground_truth": answer[-1]},
-        "extra_info": {"split": split, "index": index, "steps": answer.count("="), **extra},
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": extra_info,
     }
 
 
@@ -105,20 +119,33 @@ def make_rows(chain: int, seed: int, sft_seed: int, sizes: tuple[int, int, int])
 
     sizes: how many of each. seed: the prompts of train and eval. sft_seed: the demonstrations.
     """
-    train, evaluation, demonstrations = sizes
     if sum(sizes) > 10 * 27**chain // 2:
         raise ValueError(f"there are not enough different chains of {chain} steps for {sum(sizes)} rows: raise --chain")
+    return draw_rows(lambda random: problem(random, chain), solve, demonstrator, make_row, seed, sft_seed, sizes)
+
+
+def draw_rows(
+    problem: Callable[[np.random.Generator], str],
+    solve: Callable[..., str],
+    demonstrator: Callable[[np.random.Generator], Callable],
+    make_row: Callable[..., dict],
+    seed: int,
+    sft_seed: int,
+    sizes: tuple[int, int, int],
+) -> dict[str, list[dict]]:
+    """`make_rows` of any task that has these four functions, as they are here."""
     seen = set()
 
     def fresh(random, count):
         prompts = []
         while len(prompts) < count:
-            prompt = problem(random, chain)
+            prompt = problem(random)
             if prompt not in seen:
                 seen.add(prompt)
                 prompts.append(prompt)
         return prompts
 
+    train, evaluation, demonstrations = sizes
     # Demonstrations first: one SFT model can then serve runs of several seeds.
     random = np.random.default_rng([sft_seed, DEMONSTRATIONS])
     shown, result = fresh(random, demonstrations), demonstrator(random)
@@ -160,11 +187,23 @@ def write_model(path: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m prime_fast.stages.quickstart", description="Make the quickstart's task."
+    run(
+        "python -m prime_fast.stages.quickstart",
+        "Make the quickstart's task.",
+        make_rows,
+        chain=(6, "steps of a problem"),
     )
+
+
+def run(program: str, description: str, make_rows: Callable, **size: tuple[int, str]) -> None:
+    """The command line of a task: writes its rows and its untrained model.
+
+    size: the one number that says how long a problem is, as name=(default, help); the first argument of make_rows.
+    """
+    (name, (default, meaning)), *_ = size.items()
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("out_dir", type=Path, help="gets model/, train.jsonl, eval.jsonl and sft.jsonl")
-    parser.add_argument("--chain", type=int, default=6, help="steps of a problem")
+    parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     parser.add_argument("--seed", type=int, default=0, help="of the problems to train and evaluate on")
     parser.add_argument(
         "--sft-seed", type=int, default=0, help="of the demonstrations and of the model's initial weights"
@@ -173,11 +212,11 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=512, help="problems held out")
     parser.add_argument("--sft", type=int, default=400 * 64, help="demonstrations")
     arguments = parser.parse_args()
-    if arguments.chain < 1:
-        parser.error("--chain must be at least 1")
+    if (length := getattr(arguments, name)) < 1:
+        parser.error(f"--{name} must be at least 1")
     sizes = (arguments.train, arguments.eval, arguments.sft)
     try:
-        rows = make_rows(arguments.chain, arguments.seed, arguments.sft_seed, sizes)
+        rows = make_rows(length, arguments.seed, arguments.sft_seed, sizes)
     except ValueError as error:
         parser.error(str(error))
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
