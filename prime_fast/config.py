@@ -162,8 +162,8 @@ class PolicyConfig(OptimizerConfig):
 class PrmConfig(OptimizerConfig):
     lr: Rate = 1e-6
     grad_clip: Rate = 10.0
-    # cross-entropy of the outcome given the whole response | that on top of the log-odds of the group's mean outcome, so
-    # that log-ratios tell responses to a prompt apart | the latter at every prefix (arXiv 2604.13197)
+    # cross-entropy of the outcome given the whole response | that on top of the log-odds of the group's mean outcome:
+    # log-ratios then tell responses to a prompt apart | the latter at every prefix (arXiv 2604.13197)
     loss: Literal["response", "centered", "prefix"] = "response"
     rows: Literal["kept", "all"] = "kept"  # all: then also on the groups that rollout.keep drops; they give no scores
     passes: Positive = 1  # over a step's rows; scores are of the first, but with prime.update=before

@@ -72,6 +72,9 @@ ADDITIONS = {
     "ungated": Arm("no gate", ("prime.gate=none",)),
     "rebased": Arm("rebased", ("prime.rebase=true",)),
     "prefix": Arm("prefix loss", ("prm.loss=prefix",)),
+    "centered": Arm("centered loss", ("prm.loss=centered",)),
+    # every verified rollout, three times, at three times the rate
+    "keen": Arm("keen PRM", ("prm.loss=centered", "prm.rows=all", "prm.passes=3", "prm.lr=3.0e-4")),
     "all": Arm("PRM on all rollouts", ("prm.rows=all",)),
     "passes": Arm("3 PRM passes", ("prm.passes=3",)),
     "warm": Arm("warm PRM", (), helper="warmup"),
