@@ -232,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2 if arguments.device == "cpu" else torch.get_num_threads())
     facts = machine(arguments.device)
-    form = {"credit": arguments.credit, "slope": 0.3, "offset": 0.1} if arguments.credit else {}
+    form = {"credit": arguments.credit, "slope": 0.3, "drift": 0.1} if arguments.credit else {}
     on_cpu = arguments.device == "cpu"
     rows = cpu(arguments.rounds, **form) if on_cpu else compare(arguments.rounds, "cuda", SIZES, **form)
     note = arguments.note

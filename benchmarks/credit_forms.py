@@ -16,7 +16,7 @@ variance   of a batch's estimate, all parameters together, relative to RLOO's
 signal     (mean estimate along the gradient)^2 / variance, relative to RLOO's: how many times the rollouts RLOO needs
            for an estimate as sharp; below 0 where it points the wrong way
 
-Slope and offset are what the trainer would fit to four steps of 64 groups of 4 with the gate "evidence"; "trusted" PRMs
+Slope and drift are what the trainer would fit to four steps of 64 groups of 4 with the gate "evidence"; "trusted" PRMs
 have slope 1, whatever they are worth.
 """
 
@@ -149,7 +149,7 @@ def advantages(problem: Problem, rows: Tensor, ratio: Tensor, fit: calibration.F
     credit, gate = form.get("credit", "published"), form.pop("gate", "evidence")
     slope, weight = (1.0, 1.0) if fit is None else trusted(fit, gate, credit)
     if credit != "published":
-        form |= {"slope": slope, "offset": fit.offset if fit else 0.0, "prior": problem.mean}
+        form |= {"slope": slope, "drift": fit.drift if fit else 0.0, "prior": problem.mean}
         form["process_weight"] = form.get("process_weight", 1.0) * weight
     q = ratio[rows].flatten()
     result = prime_advantage(

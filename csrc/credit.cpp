@@ -65,7 +65,7 @@ double terms(const CreditParams& p, int64_t i, const Fellows& fellows) {
         double value[kBlock];  // not in place: how the compiler splits the loop depends on nothing but count
         std::copy(prefix + base, prefix + base + count, value);
 #pragma omp simd
-        for (int n = 0; n < count; ++n) value[n] = fellows.value(p, value[n]);
+        for (int n = 0; n < count; ++n) value[n] = fellows.value(p, value[n], double(base + n + 1));
         std::copy(value, value + count, prefix + base);
     }
     const double start = p.credit == ODDS ? 0 : fellows.start;

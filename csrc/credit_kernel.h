@@ -88,7 +88,7 @@ __device__ inline double terms(const CreditParams& p, Thread& t, int i, const Fe
     double *prefix = p.prefix + row.start, *term = p.term + row.start, largest = 0, carry = 0;
     const bool odds = p.credit == ODDS;
     if (!odds) {
-        for (long long j = t.index; j < row.steps; j += kThreads) prefix[j] = fellows.value(p, prefix[j]);
+        for (long long j = t.index; j < row.steps; j += kThreads) prefix[j] = fellows.value(p, prefix[j], j + 1);
         __syncthreads();
     }
     const auto of_step = [&](long long j) {

@@ -42,13 +42,12 @@ struct Fellows {
     ANYWHERE Fellows(const CreditParams& p, double outcome, double all, int count) {
         const double sum = fmin(fmax(all - outcome, 0.), count - 1.), rows = fmax(p.shrink, 1.);
         others = (sum + p.shrink * p.prior) / (count - 1 + p.shrink);
-        const double start_odds = (sum + rows * p.prior) / (count - 1 - sum + rows * (1 - p.prior));
-        against = exp_of(-p.offset) / start_odds;
+        against = (count - 1 - sum + rows * (1 - p.prior)) / (sum + rows * p.prior);
         start = 1 / (1 + against);
     }
-    // V, from the sum of q so far
-    ANYWHERE double value(const CreditParams& p, double sum) const {
-        return 1 / (1 + exp_of(-p.slope * p.beta * sum) * against);
+    // V, from the sum of q over so many steps
+    ANYWHERE double value(const CreditParams& p, double sum, double steps) const {
+        return 1 / (1 + exp_of(p.slope * (p.drift * steps - p.beta * sum)) * against);
     }
 };
 

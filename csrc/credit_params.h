@@ -27,11 +27,11 @@ struct CreditParams : Params {
     double *prefix, *term;    // (tokens,) from each row's start on, by step: sum of q or value so far; process term
     long long* index;         // (3, tokens) by step: high and low of the sum, as Exact; rows that have it
     int first, last, credit;  // Stage, Stage, Credit
-    double slope, offset, shrink, prior;
+    double slope, drift, shrink, prior;
 };
 
 // pointers: prm, ref, outcome, offsets, group, step, advantage, reward, score, prefix, term, index, peaks, coefficients,
-// totals, moments. numbers: beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, offset, shrink,
+// totals, moments. numbers: beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, drift, shrink,
 // prior.
 using CreditPointers = std::array<uintptr_t, 16>;
 using CreditNumbers = std::array<double, 9>;
@@ -48,7 +48,7 @@ inline CreditParams credit_params(const CreditPointers& pointers, long long toke
     p.process = process, p.whiten = whiten;
     p.beta = numbers[0], p.gamma = numbers[1], p.outcome_gamma = numbers[2];
     p.process_weight = numbers[3], p.outcome_weight = numbers[4];
-    p.slope = numbers[5], p.offset = numbers[6], p.shrink = numbers[7], p.prior = numbers[8];
+    p.slope = numbers[5], p.drift = numbers[6], p.shrink = numbers[7], p.prior = numbers[8];
     return p;
 }
 

@@ -1,8 +1,9 @@
 """What a PRM's log-ratios are worth: their weight in the log-odds of success, fitted to the rollouts of earlier steps.
 
-With S_t = beta * (sum of log PRM - log reference up to token t), V_t = sigmoid(logit(others) + offset + slope * S_t)
-is the chance that a response succeeds after t, `others` the mean outcome of the prompt's other responses. Logistic
-regression gives slope and offset; a response's prefixes are not independent, so standard errors are clustered by it.
+With S_j = beta * (sum of log PRM - log reference over the first j steps), V_j = sigmoid(logit(others) + slope * (S_j -
+drift * j)) is the chance that a response succeeds after them, `others` the mean outcome of the prompt's others.
+Logistic regression gives slope and drift, which is what S gains a step whatever the outcome. A response's prefixes are
+not independent, so standard errors are clustered by it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Prefixes(NamedTuple):
     weight: Tensor  # (P,) those of a response sum to 1
     total: Tensor  # (P,) S at its end
     before: Tensor  # (P,) S one step earlier
+    steps: Tensor  # (P,) that it has
     deviation: Tensor  # (P,) of the step's log-ratio, as credit "odds" standardises it
     outcome: Tensor  # (P,) of the response
     others: Tensor  # (P,) mean outcome of the other responses, never 0 or 1
@@ -38,7 +40,7 @@ class Prefixes(NamedTuple):
 
 class Fit(NamedTuple):
     slope: float = 0.0  # never below 0
-    offset: float = 0.0
+    drift: float = 0.0  # of S, a step
     evidence: float = 0.0  # 1 - 4 / t^2 where the slope is t > 2 standard errors, else 0
     explained: float = 0.0  # share of the outcomes' variance about their baselines that V explains
     step_effect: float = 0.0  # what a standard deviation of a step's log-ratio adds to the outcome
@@ -69,7 +71,8 @@ def prefixes(
     response = torch.arange(len(outcome))[:, None].expand_as(chosen)[chosen]
     rows = (x.double()[response] for x in (outcome, others, baseline))
     total = beta * totals[at]
-    return Prefixes(response, 1 / count[response], total, total - beta * sums[at], deviation[at], *rows)
+    before = total - beta * sums[at]
+    return Prefixes(response, 1 / count[response], total, before, index[at] + 1.0, deviation[at], *rows)
 
 
 def step_totals(x: Tensor, cu_seqlens: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,13 +87,13 @@ def step_totals(x: Tensor, cu_seqlens: Tensor, step: Tensor | None) -> tuple[Ten
     return (total - start)[ends], torch.nn.functional.pad(count[cu_seqlens[1:] - 1], (1, 0))
 
 
-def value(total: Tensor, others: Tensor, fit: Fit) -> Tensor:
-    return torch.sigmoid(others.logit() + fit.offset + fit.slope * total)
+def value(total: Tensor, steps: Tensor, others: Tensor, fit: Fit) -> Tensor:
+    return torch.sigmoid(others.logit() + fit.slope * (total - fit.drift * steps))
 
 
-def expected(total: Tensor, others: Tensor, baseline: Tensor, fit: Fit) -> Tensor:
+def expected(total: Tensor, steps: Tensor, others: Tensor, baseline: Tensor, fit: Fit) -> Tensor:
     """The outcome that is expected after a prefix: the baseline, moved by what V has moved since the response began."""
-    return baseline + value(total, others, fit) - value(torch.zeros_like(total), others, fit)
+    return baseline + value(total, steps, others, fit) - others
 
 
 def fit(steps: Sequence[Prefixes]) -> Fit:
@@ -106,14 +109,14 @@ def fit(steps: Sequence[Prefixes]) -> Fit:
     scale = float(_mean(data.total.square(), data).sqrt())
     if scale < FLAT or not variance:
         return known
-    slope, offset, deviation = _regression(data, scale)
+    slope, drift, deviation = _regression(data, scale)
     if slope <= 0:
         return known
-    found = known._replace(slope=slope, offset=offset, evidence=_evidence(slope, deviation))
+    found = known._replace(slope=slope, drift=drift, evidence=_evidence(slope, deviation))
     used = found._replace(slope=slope * found.evidence)
-    residual = data.outcome - expected(data.total, data.others, data.baseline, used)
+    residual = data.outcome - expected(data.total, data.steps, data.others, data.baseline, used)
     explained = 1 - float(_mean(residual.square(), data)) / variance
-    rest = data.outcome - expected(data.before, data.others, data.baseline, used)
+    rest = data.outcome - expected(data.before, data.steps - 1, data.others, data.baseline, used)
     squares = data.weight * data.deviation.square()
     effect = float((data.weight * data.deviation * rest).sum() / squares.sum()) if squares.sum() > 0 else 0.0
     score = data.weight * data.deviation * (rest - effect * data.deviation)
@@ -127,12 +130,12 @@ def expected_at(share: float, totals: Tensor, steps: Tensor, others: Tensor, bas
     """(R,): the outcome expected of each response after this share of its steps. totals, steps: `step_totals` of S."""
     done = (share * steps.diff()).long()
     total = torch.where(done > 0, totals[(steps[:-1] + done - 1).clamp(min=0)], 0.0)
-    return expected(total, others, baseline, fit)
+    return expected(total, done.double(), others, baseline, fit)
 
 
 def calibration_error(data: Prefixes, fit: Fit) -> float:
     """Mean |mean V - mean outcome| over bins of equally many prefixes, ordered by V."""
-    found = value(data.total, data.others, fit)
+    found = value(data.total, data.steps, data.others, fit)
     order = found.argsort(stable=True)
     pairs = zip(found[order].tensor_split(BINS), data.outcome[order].tensor_split(BINS), strict=True)
     gaps = [(len(v) / len(found), float((v.mean() - o.mean()).abs())) for v, o in pairs if len(v)]
@@ -140,8 +143,9 @@ def calibration_error(data: Prefixes, fit: Fit) -> float:
 
 
 def _regression(data: Prefixes, scale: float) -> tuple[float, float, float]:
-    """Slope, offset and the slope's standard error, by Newton's method on S / scale."""
-    x = torch.stack([data.total / scale, torch.ones_like(data.total)], 1)
+    """Slope, drift and the slope's standard error, by Newton's method on S and steps in units of their size."""
+    length = float(_mean(data.steps.square(), data).sqrt())
+    x = torch.stack([data.total / scale, data.steps / length], 1)
     intercept, found = data.others.logit(), x.new_zeros(2)
     for _ in range(ROUNDS):
         chance = torch.sigmoid(intercept + x @ found)
@@ -154,7 +158,8 @@ def _regression(data: Prefixes, scale: float) -> tuple[float, float, float]:
     score = x * (data.weight * (chance - data.outcome))[:, None]
     bread, meat = torch.linalg.inv(curvature), _by_response(score, data)
     covariance = bread @ (meat.T @ meat) @ bread
-    return float(found[0]) / scale, float(found[1]), math.sqrt(float(covariance[0, 0])) / scale
+    slope, loss = float(found[0]) / scale, float(found[1]) / length
+    return slope, -loss / slope if slope > 0 else 0.0, math.sqrt(float(covariance[0, 0])) / scale
 
 
 def _by_response(x: Tensor, data: Prefixes) -> Tensor:

@@ -108,7 +108,7 @@ class Credit:
             shrink=p.shrink,
             prior=self._prior(),
             slope=slope,
-            offset=self.fit.offset,
+            drift=self.fit.drift,
             whiten=whiten,
         )
 

@@ -10,14 +10,14 @@ from prime_fast.calibration import Fit, Prefixes
 from prime_fast.credit import trusted
 
 
-def simulated(responses=4000, steps=6, slope=0.8, offset=-0.3, seed=None, length=3):
-    """Responses whose outcome is drawn from sigmoid(logit(others) + offset + slope * S), S a random walk of `steps`."""
+def simulated(responses=4000, steps=6, slope=0.8, drift=0.3, seed=None, length=3):
+    """Outcomes drawn from sigmoid(logit(others) + slope * walk), S a random walk plus the drift of each step."""
     generator = torch.Generator().manual_seed(torch.seed() % 10**6 if seed is None else seed)
     increments = torch.randn(responses, steps, generator=generator, dtype=torch.float64)
     others = torch.rand(responses, generator=generator, dtype=torch.float64) * 0.8 + 0.1
-    chance = torch.sigmoid(others.logit() + offset + slope * increments.sum(1))
+    chance = torch.sigmoid(others.logit() + slope * increments.sum(1))
     outcome = (torch.rand(responses, generator=generator, dtype=torch.float64) < chance).double()
-    log_ratio = (increments / length).repeat_interleave(length, 1).flatten()  # spread over a step's tokens
+    log_ratio = ((increments + drift) / length).repeat_interleave(length, 1).flatten()  # spread over a step's tokens
     cu_seqlens = torch.arange(responses + 1) * steps * length
     step = torch.arange(steps).repeat_interleave(length).repeat(responses).int()
     return log_ratio, cu_seqlens, step, outcome, others
@@ -62,29 +62,31 @@ def test_the_fit_finds_what_the_outcomes_were_drawn_from():
     """At full length; before it, S is as likely to rise as to fall, which pulls V towards the middle a little."""
     log_ratio, cu_seqlens, step, outcome, others = simulated(40000)
     total = log_ratio.view(40000, -1).sum(1)
-    whole = Prefixes(
-        torch.arange(40000), torch.ones(40000), total, total, torch.zeros(40000), outcome, others, others
-    )  # fmt: skip
+    ones, number = torch.ones(40000), torch.arange(40000)
+    whole = Prefixes(number, ones, total, total, 6 * ones, 0 * ones, outcome, others, others)
     fit = calibration.fit([Prefixes(*(x.double() if x.is_floating_point() else x for x in whole))])
-    assert abs(fit.slope - 0.8) < 0.06 and abs(fit.offset + 0.3) < 0.08 and fit.evidence > 0.99
+    assert abs(fit.slope - 0.8) < 0.06 and abs(fit.drift - 0.3) < 0.02 and fit.evidence > 0.99
     shorter = calibration.fit([seen((log_ratio, cu_seqlens, step, outcome, others))])
-    assert 0.4 < shorter.slope < 0.8 and shorter.explained > 0.1
+    assert 0.4 < shorter.slope < 0.8 and abs(shorter.drift - 0.3) < 0.03 and shorter.explained > 0.1
 
 
 def test_the_fit_is_at_the_minimum_and_does_not_depend_on_the_unit():
     data = simulated(300)
     points = seen(data)
     fit, scaled = calibration.fit([points]), calibration.fit([seen((data[0] * 1e-3, *data[1:]))])
-    assert math.isclose(fit.slope, scaled.slope * 1e-3, rel_tol=1e-6) and math.isclose(fit.offset, scaled.offset)
+    assert math.isclose(fit.slope, scaled.slope * 1e-3, rel_tol=1e-6) and math.isclose(
+        fit.drift * 1e-3, scaled.drift, rel_tol=1e-6
+    )
     assert math.isclose(fit.evidence, scaled.evidence, rel_tol=1e-6)
 
-    def loss(slope, offset):
-        v = torch.sigmoid(points.others.logit() + offset + slope * points.total)
+    def loss(slope, drift):
+        v = torch.sigmoid(
+            points.others.logit() + (fit.slope + slope) * (points.total - (fit.drift + drift) * points.steps)
+        )
         return float(-(points.weight * torch.where(points.outcome > 0, v, 1 - v).log()).sum())
 
-    least = loss(fit.slope, fit.offset)
-    for slope, offset in ((0.02, 0), (-0.02, 0), (0, 0.02), (0, -0.02)):
-        assert loss(fit.slope + slope, fit.offset + offset) > least - 1e-4
+    for slope, drift in ((0.02, 0), (-0.02, 0), (0, 0.02), (0, -0.02)):
+        assert loss(slope, drift) > loss(0, 0) - 1e-4
 
 
 def test_steps_of_different_size_count_each_response_once():
@@ -98,7 +100,7 @@ def test_noise_has_no_weight():
     """A PRM without information: of 60 fits few pass the gate, with little weight, and none has a negative slope."""
     kept, weight = 0, 0.0
     for _ in range(60):
-        fit = calibration.fit([seen(simulated(256, slope=0.0, offset=0.0))])
+        fit = calibration.fit([seen(simulated(256, slope=0.0))])
         slope, _ = trusted(fit, "evidence", "pav")
         assert fit.slope >= 0 and 0 <= fit.evidence < 1
         kept += slope > 0
@@ -137,7 +139,7 @@ def test_nothing_to_learn_from(steps):
 
 
 def test_value_metrics():
-    data = simulated(20000, slope=1.0, offset=0.0)
+    data = simulated(20000, slope=1.0)
     log_ratio, cu_seqlens, step, outcome, others = data
     fit = calibration.fit([seen(data)])
     totals, steps = calibration.step_totals(log_ratio, cu_seqlens, step)

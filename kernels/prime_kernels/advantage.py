@@ -34,7 +34,7 @@ def prime_advantage(
     shrink: float = 0.0,
     prior: float = 0.5,
     slope: float = 0.0,
-    offset: float = 0.0,
+    drift: float = 0.0,
     process_group=None,
     backend: str | None = None,
 ) -> Advantage:
@@ -58,8 +58,9 @@ def prime_advantage(
         outcome_weight * outcome_gamma^(L_i-1-t) * (o_i - b_i) + process_weight * P_ij
 
     b_i: mean outcome of the group's other rows and of `shrink` pseudo-rows of outcome `prior` (0: RLOO). The PRM is a
-    value of prefixes, V_j = sigmoid(u_i + slope * beta * sum of q up to the end of step j) and V_{-1} = sigmoid(u_i),
-    u_i = logit(b_i with max(shrink, 1) pseudo-rows) + offset; slope and offset calibrate it:
+    value of prefixes, V_j = sigmoid(u_i + slope * (beta * sum of q up to the end of step j - drift * (j + 1))) and
+    V_{-1} = sigmoid(u_i),
+    u_i = logit(b_i with max(shrink, 1) pseudo-rows); slope and drift calibrate it:
 
         critic     V_{-1} - V_{j-1}: the value in the place of a baseline, unbiased as that depends on the prefix alone
         pav        V_j - V_{j-1}: what the step changed (progress, after arXiv 2410.08146)
@@ -68,7 +69,7 @@ def prime_advantage(
         odds       z_ij limited to +-3: the step's sum of q minus the mean of the batch's steps of that index, over the
                    root mean square of all of these (+ 1e-6 nats); slope plays no part
 
-    Where the PRM equals its reference, or slope is 0, all of these but td are 0: the advantage is RLOO's.
+    Where slope is 0, or the PRM equals its reference and drift is 0, all but td are 0: the advantage is RLOO's.
 
     Args:
         prm_logprob, ref_logprob: (T,) float32, bfloat16 or float64 in nats, response tokens only, row after row. With
@@ -111,8 +112,8 @@ def prime_advantage(
         raise ValueError(f"credit {credit!r} compares with the other rows of a group: pass estimator='rloo'")
     for name, value in {"shrink": shrink, "slope": slope}.items():
         checks.between(name, value, 0, float("inf"))
-    if not 0 < prior < 1 or not abs(shrink * slope * offset) < float("inf"):
-        raise ValueError(f"prior is {prior}, slope {slope}, offset {offset}: needs 0 < prior < 1 and finite numbers")
+    if not 0 < prior < 1 or not abs(shrink * slope * drift) < float("inf"):
+        raise ValueError(f"prior is {prior}, slope {slope}, drift {drift}: needs 0 < prior < 1 and finite numbers")
     if step is not None:
         tokens = None if prm_logprob is None else prm_logprob.shape[0]
         checks.tensor("step", step, (tokens,), checks.OFFSETS, outcome, "one step number for each token")
@@ -124,7 +125,7 @@ def prime_advantage(
     return Advantage(
         *torch.ops.prime_kernels.prime_advantage(
             prm_logprob, ref_logprob, outcome, cu_seqlens, group, beta, gamma, outcome_gamma, process_weight,
-            outcome_weight, estimator, form, normalize, whiten, credit, step, shrink, prior, slope, offset,
+            outcome_weight, estimator, form, normalize, whiten, credit, step, shrink, prior, slope, drift,
             process_group and process_group.group_name, backend,
         )
     )  # fmt: skip
@@ -136,7 +137,7 @@ def _prime_advantage(
     prm_logprob: Tensor | None, ref_logprob: Tensor | None, outcome: Tensor, cu_seqlens: Tensor, group: Tensor,
     beta: float, gamma: float, outcome_gamma: float, process_weight: float, outcome_weight: float,
     estimator: str, form: str, normalize: str, whiten: bool, credit: str, step: Tensor | None, shrink: float,
-    prior: float, slope: float, offset: float, process_group: str | None, backend: str | None,
+    prior: float, slope: float, drift: float, process_group: str | None, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = prm_logprob, ref_logprob, outcome
     published = credit == "published"
@@ -157,7 +158,7 @@ def _prime_advantage(
     if published:
         options |= {"estimator": estimator, "form": form, "normalize": normalize}
     else:
-        options |= {"credit": credit, "step": step, "shrink": shrink, "prior": prior, "slope": slope, "offset": offset}
+        options |= {"credit": credit, "step": step, "shrink": shrink, "prior": prior, "slope": slope, "drift": drift}
     if implementation is reference.advantage:
         check()
         implementation = reference.advantage if published else reference_credit.advantage

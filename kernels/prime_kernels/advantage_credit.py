@@ -20,7 +20,7 @@ ROWS, INDEX, DEVIATIONS, SUMS, WRITE = range(5)  # as in csrc/credit_params.h
 
 def advantage(
     run: Callable, prm_logprob, ref_logprob, outcome, cu_seqlens, group,
-    *, tokens, credit, step, shrink, prior, slope, offset,
+    *, tokens, credit, step, shrink, prior, slope, drift,
     beta, gamma, outcome_gamma, process_weight, outcome_weight, whiten, process_group,
 ) -> Advantage | None:  # fmt: skip
     """As reference_credit.advantage; None when an argument holds a bad value. Under CUDA graph capture that is not
@@ -39,7 +39,7 @@ def advantage(
     parts = dict(zip(sizes, scratch.split(list(sizes.values())), strict=True))
     parts["index"] = parts["index"].view(torch.int64)
     tensors = [prm_logprob, ref_logprob, outcome, cu_seqlens, group, step, result, token_reward, score, *parts.values()]
-    numbers = [beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, offset, shrink, prior]
+    numbers = [beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, drift, shrink, prior]
 
     def launch(first: int, last: int) -> bool:
         """Whether the batch is good, as far as that is known."""

@@ -107,10 +107,9 @@ def runner(block: int, rows_block: int, warps: int, zeros):
     def run(tensors, tokens, rows, first, last, credit, process, whiten, numbers) -> None:
         prm, ref, outcome, cu, group, step, advantage, reward, score, *scratch = tensors
         prefix, term, index, peaks, outcomes, totals, moments = scratch
-        beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, offset, shrink, prior = numbers
+        beta, gamma, outcome_gamma, process_weight, outcome_weight, slope, drift, shrink, prior = numbers
         odds, device = process and credit == CREDITS.index("odds"), outcome.device
         log_outcome_gamma = math.log2(outcome_gamma) if outcome_gamma else -math.inf
-        against_offset = math.exp(min(max(-offset, -700.0), 700.0))
         counters = zeros(device, stream(device), 1)
         form = {"has_step": step is not None, "block": block, "num_warps": warps}
         step = cu if step is None else step
@@ -121,7 +120,7 @@ def runner(block: int, rows_block: int, warps: int, zeros):
                 credit_rows[(rows,)](
                     reward if prm is None else prm, reward if ref is None else ref, outcome, cu, group, step, reward,
                     score, prefix, term, index, peaks, outcomes, moments, counters, tokens, rows, beta, gamma,
-                    outcome_weight, slope * beta, against_offset, shrink, prior, has_prm=prm is not None,
+                    outcome_weight, slope * beta, slope * drift, shrink, prior, has_prm=prm is not None,
                     process=process, credit=credit, rows_block=rows_block, **form,
                 )  # fmt: skip
             if odds and first <= INDEX <= last:

@@ -34,9 +34,9 @@ def row_of(cu_seqlens, step, row, has_step: tl.constexpr):
 
 
 @triton.jit
-def _value(total, slope, against):
-    """sigmoid(slope * total - log against)"""
-    return 1.0 / (1.0 + tl.exp(tl.minimum(tl.maximum(-slope * total, -700.0), 700.0)) * against)
+def _value(total, steps, slope, drift, against):
+    """sigmoid(slope * total - drift * steps - log against)"""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(tl.maximum(drift * steps - slope * total, -700.0), 700.0)) * against)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _term(prefix, start, j, steps, before_first, others, value_start, outcome, c
 def credit_rows(
     prm, ref, outcome, cu_seqlens, group, step, reward, score, prefix, term, index, peaks, outcomes, moments, counters,
     tokens, rows, beta: tl.float64, gamma: tl.float64, outcome_weight: tl.float64, slope: tl.float64,
-    against_offset: tl.float64, shrink: tl.float64, prior: tl.float64,
+    drift: tl.float64, shrink: tl.float64, prior: tl.float64,
     has_prm: tl.constexpr, has_step: tl.constexpr, process: tl.constexpr, credit: tl.constexpr, block: tl.constexpr,
     rows_block: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def credit_rows(
     peak = zero
     if process:
         pseudo = tl.maximum(shrink, 1.0)
-        against = against_offset * (fellows - solved + pseudo * (1.0 - prior)) / (solved + pseudo * prior)
+        against = (fellows - solved + pseudo * (1.0 - prior)) / (solved + pseudo * prior)
         value_start = 1.0 / (1.0 + against)
         steps = length
         if has_step:
@@ -136,7 +136,8 @@ def credit_rows(
             for base in range(0, steps, block):
                 at_step = prefix + start + base + lane
                 inside = base + lane < steps
-                value = _value(tl.load(at_step, mask=inside, other=0.0), slope, against)
+                total = tl.load(at_step, mask=inside, other=0.0)
+                value = _value(total, (base + lane + 1).to(tl.float64), slope, drift, against)
                 tl.store(at_step, value, mask=inside)
             tl.debug_barrier()
         carry = zero

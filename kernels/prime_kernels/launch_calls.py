@@ -174,7 +174,7 @@ OPS = {
             "shrink": (0.0, 1.5),
             "prior": (0.5, 0.3),
             "slope": (0.0, 0.1),
-            "offset": (0.0, 0.1),
+            "drift": (0.0, 0.1),
         },
         {
             "prm_logprob": lambda s: logprobs(s, "prm"),

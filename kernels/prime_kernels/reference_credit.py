@@ -17,7 +17,7 @@ LOG_RATIO_FLOOR = 1e-6  # nats: deviations of log-ratios far below it are roundi
 
 def advantage(
     prm_logprob, ref_logprob, outcome, cu_seqlens, group,
-    *, credit, step, shrink, prior, slope, offset,
+    *, credit, step, shrink, prior, slope, drift,
     beta, gamma, outcome_gamma, process_weight, outcome_weight, whiten, process_group,
 ) -> Advantage:  # fmt: skip
     """prime_kernels.prime_advantage on checked arguments, for a credit other than "published"."""
@@ -37,7 +37,7 @@ def advantage(
         steps = F.pad(count[cu_seqlens[1:].long() - 1], (1, 0))  # as cu_seqlens, of steps
         total = prefix_sum(q, cu_seqlens[1:][row] - cu_seqlens[:-1][row] - to_end)[ends]
         smoothed = others_mean(outcome, group, max(shrink, 1.0), prior)
-        process = of_steps(credit, total, row[ends], steps, outcome, others, smoothed, offset, slope * beta,
+        process = of_steps(credit, total, row[ends], steps, outcome, others, smoothed, beta, slope, drift,
                            gamma, process_group)  # fmt: skip
         result = result + process_weight * process[count - ends.long()]
     if whiten:
@@ -45,20 +45,20 @@ def advantage(
     return Advantage(result.to(dtype), (beta * q).to(dtype), (beta * segment_sum(q, cu_seqlens)).to(dtype))
 
 
-def of_steps(credit, total, row, steps, outcome, others, start, offset, slope, gamma, process_group) -> Tensor:
+def of_steps(credit, total, row, steps, outcome, others, start, beta, slope, drift, gamma, process_group) -> Tensor:
     """(S,): the process term of each step. total (S,): of q, up to the step's end; row (S,): the row of each step;
-    steps (R+1,): where each row's steps begin; start (R,): V_{-1} without offset; the rest (R,) or numbers."""
+    steps (R+1,): where each row's steps begin; start (R,): V_{-1}; the rest (R,) or numbers."""
     first, last = torch.zeros_like(row, dtype=torch.bool), torch.zeros_like(row, dtype=torch.bool)
     first[steps[:-1]], last[steps[1:] - 1] = True, True
 
     def before(x: Tensor, start) -> Tensor:
         return torch.where(first, start, x.roll(1))
 
+    index = torch.arange(len(row), device=row.device) - steps[row]
     if credit == "odds":
-        index = torch.arange(len(row), device=row.device) - steps[row]
         return standardised(total - before(total, total.new_zeros(())), index, process_group).clamp(-CLIP, CLIP)
-    odds = (start / (1 - start))[row]
-    value, start = (1 / (1 + exp(-x) / odds) for x in (offset + slope * total, total.new_tensor(offset)))
+    odds, start = (start / (1 - start))[row], start[row]
+    value = 1 / (1 + exp(slope * (drift * (index + 1).double() - beta * total)) / odds)
     previous = before(value, start)
     if credit == "critic":
         return start - previous

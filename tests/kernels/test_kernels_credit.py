@@ -11,7 +11,7 @@ from test_kernels_advantage import batches, permute, repack
 from prime_kernels import prime_advantage
 from prime_kernels.reference_credit import CREDITS
 
-RAW = {"whiten": False, "beta": 0.7, "slope": 1.3, "offset": 0.2, "shrink": 1.5, "prior": 0.4}
+RAW = {"whiten": False, "beta": 0.7, "slope": 1.3, "drift": 0.2, "shrink": 1.5, "prior": 0.4}
 VALUES = ("critic", "pav", "lookahead")
 
 
@@ -27,7 +27,7 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def naive(batch, step, credit, *, beta, slope, offset, shrink, prior, gamma=1.0, outcome_gamma=1.0, weights=(1.0, 1.0)):
+def naive(batch, step, credit, *, beta, slope, drift, shrink, prior, gamma=1.0, outcome_gamma=1.0, weights=(1.0, 1.0)):
     """The docstring in plain Python."""
     prm, ref, outcome, cu_seqlens, group = batch
     cuts, q, outcome = cu_seqlens.tolist(), (prm - ref).tolist(), outcome.tolist()
@@ -49,10 +49,10 @@ def naive(batch, step, credit, *, beta, slope, offset, shrink, prior, gamma=1.0,
         b = (sum(peers) + shrink * prior) / (len(peers) + shrink)
         m = max(shrink, 1)
         p = (sum(peers) + m * prior) / (len(peers) + m)
-        u, last = math.log(p / (1 - p)) + offset, numbers[-1]
+        u, last = math.log(p / (1 - p)), numbers[-1]
 
         def value(j, u=u, row=sums[i]):
-            return sigmoid(u + slope * beta * sum(row[: j + 1]))
+            return sigmoid(u + slope * (beta * sum(row[: j + 1]) - drift * (j + 1)))
 
         def known(k, b=b, last=last, value=value, o=outcome[i]):
             return o if k == last else b + value(k) - value(-1)
@@ -78,7 +78,7 @@ def test_meaning(credit, segment, data):
     batch = data.draw(batches())
     step = steps_of(batch[3], data.draw(st.integers(0, 1000))) if segment else None
     draw = lambda low, high: data.draw(st.floats(low, high))  # noqa: E731
-    options = {"beta": draw(0.01, 2), "slope": draw(0, 3), "offset": draw(-1, 1), "shrink": draw(0, 3)}
+    options = {"beta": draw(0.01, 2), "slope": draw(0, 3), "drift": draw(-1, 1), "shrink": draw(0, 3)}
     options |= {"prior": draw(0.05, 0.95)}
     weights, discounts = (draw(0.1, 2), draw(0, 2)), {"gamma": draw(0, 1), "outcome_gamma": draw(0, 1)}
     result = prime_advantage(
@@ -111,10 +111,10 @@ def test_the_same_bits_for_any_order_of_rows(credit, batch, seed):
 def test_a_prm_that_says_nothing_leaves_rloo(credit, batch):
     rloo = prime_advantage(*batch, process_weight=0.0, whiten=False).advantage
     equal = (batch[1], *batch[1:])
-    options = RAW | {"shrink": 0.0}
+    options = RAW | {"shrink": 0.0, "drift": 0.0}
     torch.testing.assert_close(prime_advantage(*equal, credit=credit, **options).advantage, rloo, rtol=0, atol=1e-12)
     if credit != "odds":
-        none = prime_advantage(*batch, credit=credit, **options | {"slope": 0.0}).advantage
+        none = prime_advantage(*batch, credit=credit, **options | {"slope": 0.0, "drift": 0.7}).advantage
         torch.testing.assert_close(none, rloo, rtol=0, atol=1e-12)
     off = prime_advantage(*batch, credit=credit, **options | {"process_weight": 0.0}).advantage
     torch.testing.assert_close(off, rloo, rtol=0, atol=1e-12)
@@ -141,8 +141,8 @@ def test_value_terms_sum_to_what_the_row_changed():
     )
     for i, (a, b) in enumerate([(0, 5), (5, 9)]):
         p = (outcome[1 - i].item() + 1.5 * 0.4) / 2.5
-        u = math.log(p / (1 - p)) + 0.2
-        change = sigmoid(u + 1.3 * 0.7 * float((prm - ref)[a:b].sum())) - sigmoid(u)
+        u = math.log(p / (1 - p))
+        change = sigmoid(u + 1.3 * (0.7 * float((prm - ref)[a:b].sum()) - 0.2 * (b - a))) - sigmoid(u)
         assert math.isclose(float(pav.advantage[a:b].sum()), change, abs_tol=1e-9)
 
 
@@ -171,7 +171,7 @@ BATCH = (
         ({"credit": "pav", "prior": 1.0}, "prior is 1.0"),
         ({"credit": "pav", "slope": -1.0}, "slope is -1.0, needs 0 <= slope"),
         ({"credit": "pav", "slope": math.inf}, "finite"),
-        ({"credit": "pav", "offset": math.nan}, "finite"),
+        ({"credit": "pav", "drift": math.nan}, "finite"),
         ({"credit": "pav", "step": torch.zeros(4, dtype=torch.int32)}, "step has shape (4), needs (5)"),
         ({"credit": "pav", "step": torch.zeros(5)}, "step is torch.float32"),
         ({"credit": "pav", "step": torch.tensor([0, 1, 1, 1, 2])}, "step[2] is 1 in row 1"),

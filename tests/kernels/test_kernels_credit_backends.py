@@ -31,7 +31,7 @@ from prime_kernels import advantage_credit
 from prime_kernels.reference_credit import CREDITS
 
 __all__ = ["emulator", "group_of_one", "margins"]  # fixtures
-RICH = {"beta": 0.2, "slope": 0.3, "offset": 0.2, "shrink": 1.5, "prior": 0.4, "gamma": 0.95, "outcome_gamma": 0.999}
+RICH = {"beta": 0.2, "slope": 0.3, "drift": 0.02, "shrink": 1.5, "prior": 0.4, "gamma": 0.95, "outcome_gamma": 0.999}
 SMALL = [2, 3, 1, 4], [4, 4, 9, 9]
 
 
@@ -45,7 +45,7 @@ def test_equals_the_reference(backend, credit, data):
     draw = lambda low, high: data.draw(st.floats(low, high))  # noqa: E731
     check(
         single(batch), backend, credit=credit, step=step, whiten=data.draw(st.booleans()), beta=draw(0.01, 2),
-        slope=draw(0, 3), offset=draw(-1, 1), shrink=draw(0, 3), prior=draw(0.05, 0.95),
+        slope=draw(0, 3), drift=draw(-1, 1), shrink=draw(0, 3), prior=draw(0.05, 0.95),
         gamma=data.draw(st.sampled_from([0.0, 0.9, 1.0])), outcome_gamma=data.draw(st.sampled_from([0.0, 0.9, 1.0])),
         process_weight=draw(0.1, 2), outcome_weight=draw(0, 2),
     )  # fmt: skip
