@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_trainer import run, stable, weights
 
 from prime_fast import credit
 from prime_fast.calibration import Fit
@@ -137,18 +136,6 @@ def test_settings_that_do_nothing_are_refused(words, told, workspace):
     with pytest.raises(ValueError) as error:
         load_config(workspace / "config.yaml", words)
     assert told in str(error.value)
-
-
-def test_resume_continues_to_the_same_bits(workspace, tmp_path):
-    """The calibration of the steps before is in the checkpoint."""
-    options = ["prime.credit=pav", "prime.gate=none", "prime.segment=step", "prime.separators='[0-4]'"]
-    options += ["prime.shrink=1.5", "prime.rebase=true", "log.eval_every=0"]
-    records = run(workspace, tmp_path / "straight", "steps=4", *options)
-    run(workspace, tmp_path / "run", "steps=2", *options)
-    assert stable(run(workspace, tmp_path / "run", "steps=4", *options, resume=True)) == stable(records)
-    assert any(record["prm_slope"] > 0 for record in records)
-    expected, got = weights(tmp_path / "straight"), weights(tmp_path / "run")
-    assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
 def test_a_fit_knows_what_it_does_not_know():

@@ -208,7 +208,8 @@ def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspac
     """Amid the steps that train it alone. These count as steps; the policy's schedule begins after them."""
     settings = ["steps=3", "prm.warmup_steps=2", "prm.loss=prefix", "prm.rows=all", "prm.passes=2"]
     settings += ["rollout.keep=[0.3, 0.5]", "policy.schedule=linear", "log.checkpoint_every=1", "log.keep=3"]
-    settings += ["prime.credit=critic"]  # which those steps calibrate
+    settings += ["prime.credit=pav", "prime.gate=none", "prime.segment=step", "prime.separators='[0-4]'"]
+    settings += ["prime.shrink=1.5", "prime.rebase=true"]  # those steps calibrate it
     whole, again = tmp_path / "whole", tmp_path / "again"
     _, *records = run(workspace, whole, *settings)
     start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
@@ -220,9 +221,9 @@ def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspac
     for step, record in enumerate(records, 1):
         assert record["step"] == step and record["skipped"] == 0 and record["prm_applied"] == record["prm_updates"]
         assert ("policy_loss" in record) == moved("policy", step) == (step == 3) and moved("prm", step)
-        assert "prm_slope" in record  # so the credit has learnt from the step
         assert record["prm_updates"] >= 2 * (1 + (record["groups"] < record["rollouts"] / 4))
     assert [record["rollouts"] for record in records] == sorted({record["rollouts"] for record in records})
+    assert any(record["prm_slope"] > 0 for record in records)  # the credit has learnt from the steps before
     assert records[2]["policy_lr"] == 1e-3 and records[0]["prm_pair_accuracy"] is not None
     shutil.copytree(whole, again)
     (again / "checkpoints" / "latest").write_text("step-000001")

@@ -19,6 +19,9 @@ HEADS = {
 ODDS = torch.tensor([0.5, -2.0, 0.0, 1.5])
 LOSSES = {"response": {}, "centered": {"intercept": ODDS}, "prefix": {"intercept": ODDS, "every_prefix": True}}
 LOSSES["every prefix"] = {"every_prefix": True}
+PRMS = [(head, weighted, "response") for head in ("plain", "bias", "softcap") for weighted in (False, True)]
+PRMS += [("plain", True, "centered"), ("softcap", False, "centered"), ("bias", True, "prefix")]
+PRMS += [("plain", False, "prefix"), ("softcap", True, "prefix"), ("plain", False, "every prefix")]
 CUTS = [0, 3, 10, 11, 23]  # with chunks of 7: two rows in one, a row that just fits, a row that needs two
 
 
@@ -130,9 +133,7 @@ def test_extreme_ratios(backend, sign, old):
     assert not any(g.any() for g in grads(result.loss, hidden, weight))  # both terms are beyond their limits: constant
 
 
-@pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(("head", "weighted", "kind"), PRMS)
 def test_prm_loss(backend, rows_of_a_chunk, head, weighted, kind):
     options = dict(HEADS[head])
     hidden, weight, bias, targets = make(bias=options.pop("bias", False))
