@@ -77,6 +77,7 @@ ADDITIONS = {
     "keen": Arm("keen PRM", ("prm.loss=centered", "prm.rows=all", "prm.passes=3", "prm.lr=3.0e-4")),
     "all": Arm("PRM on all rollouts", ("prm.rows=all",)),
     "passes": Arm("3 PRM passes", ("prm.passes=3",)),
+    "x4": Arm("process weight 4", ("prime.process_weight=4",)),
     "warm": Arm("warm PRM", (), helper="warmup"),
     "oracle": Arm("true step labels", ("prime.update=none",), oracle=True),
 }
