@@ -81,6 +81,7 @@ ADDITIONS = {
     "warm": Arm("warm PRM", (), helper="warmup"),
     "oracle": Arm("true step labels", ("prime.update=none",), oracle=True),
 }
+OWN_LOSS = ("prefix", "centered", "keen")
 OFFLINE = ("policy.lr=0", "rollout.max_rounds=1", "log.eval_every=0", "log.checkpoint_every=0")
 # Runs whose policy stays what SFT made it, for their PRM alone
 HELPERS = {
@@ -95,7 +96,7 @@ DEFAULT_ARMS = (BASE, "published", "frozen")
 def arm(name: str) -> Arm:
     """The arm FORM or FORM+ADDITION+..., a helper likewise; ValueError for another name.
 
-    An arm with a warm PRM and the prefix loss starts with a PRM that had that loss: its helper is warmup+prefix.
+    An arm with a warm PRM that has a loss of its own starts with one that had it too: the helper is warmup+prefix.
     """
     form, *additions = name.split("+")
     known = FORMS | HELPERS
@@ -106,8 +107,8 @@ def arm(name: str) -> Arm:
         )
     parts = [known[form], *(ADDITIONS[addition] for addition in additions)]
     helpers = [part.helper for part in parts if part.helper]
-    if "warm" in additions and "prefix" in additions:
-        helpers = ["warmup+prefix"]
+    if "warm" in additions:
+        helpers = ["+".join(["warmup", *(part for part in additions if part in OWN_LOSS)])]
     return Arm(
         ", ".join(part.label for part in parts),
         tuple(override for part in parts for override in part.overrides),
