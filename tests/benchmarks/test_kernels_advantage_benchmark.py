@@ -53,7 +53,7 @@ def test_share_of_the_copy_bandwidth():
 
 
 def test_a_credit_form_has_the_same_table():
-    _, *rows = bench.compare(1, "cpu", [2**13], credit="pav", slope=0.3, offset=0.1)
+    _, *rows = bench.compare(1, "cpu", [2**13], credit="pav", slope=0.3, drift=0.01)
     assert [row["candidate"] for row in rows] == ["cpu", "torch eager"]
 
 

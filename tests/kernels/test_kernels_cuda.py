@@ -204,7 +204,7 @@ def rows(lengths, seed=0, device=DEVICE):
     return [x.to(device) for x in (prm, ref, outcome, cuts, torch.arange(len(lengths)) // 2)]
 
 
-CREDIT = {"slope": 0.3, "offset": 0.2, "shrink": 1.5, "gamma": 0.95}
+CREDIT = {"slope": 0.3, "drift": 0.02, "shrink": 1.5, "gamma": 0.95}
 FORMS = [{}, *({"credit": name} | CREDIT for name in CREDITS)]
 LENGTHS = [5000, 1, 700, 1024, 513, 64] if ON_GPU else [50, 1, 7, 11]
 
