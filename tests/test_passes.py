@@ -112,7 +112,7 @@ def test_whole_rewards_come_with_the_last_token(configure, device):
     batch = collected(trainer)
     draw = torch.Generator().manual_seed(0)
     prm, reference = -torch.rand(2, int(batch.cu_seqlens[-1]), generator=draw)
-    got = trainer._advantage(batch, prm, reference)
+    got, _ = trainer.credit.advantage(batch, prm, reference, device)
     lengths = batch.cu_seqlens.diff().tolist()
     totals = [float(q.double().sum()) for q in (prm - reference).split(lengths)]
     means = [total / length for total, length in zip(totals, lengths, strict=True)]

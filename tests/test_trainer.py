@@ -176,9 +176,8 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
 
 
 RANKS = {
-    "several rows": ["policy.mini_batch=12", "prm.mini_batch=12"],
     "one row a step, so that a rank idles": ["policy.mini_batch=1", "prm.mini_batch=1"],
-    "all that trains a PRM": ["prm.loss=prefix", "prm.rows=all", "prm.passes=2", "rollout.keep=[0.3, 0.5]"],
+    "several rows": ["prm.loss=prefix", "prm.rows=all", "prm.passes=2", "rollout.keep=[0.3, 0.5]"],
 }
 
 

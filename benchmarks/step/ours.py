@@ -50,7 +50,7 @@ class Ours:
     def step(self, groups: list[Group]) -> tuple[Phases, dict[str, float]]:
         self.trainer.record = {}
         phases = self.trainer.phases = Phases()
-        if failure := self.trainer._update(STEP, Batch.of(groups), self.trainer._given(STEP, groups)):
+        if failure := self.trainer._update(STEP, Batch.of(groups), [], self.trainer._given(STEP, groups)):
             raise RuntimeError(failure)
         return phases, {key: self.trainer.record[key] for key in COMPARED if key in self.trainer.record}
 

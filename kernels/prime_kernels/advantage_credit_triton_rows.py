@@ -136,8 +136,8 @@ def credit_rows(
             for base in range(0, steps, block):
                 at_step = prefix + start + base + lane
                 inside = base + lane < steps
-                total = tl.load(at_step, mask=inside, other=0.0)
-                value = _value(total, (base + lane + 1).to(tl.float64), slope, drift, against)
+                so_far = tl.load(at_step, mask=inside, other=0.0)
+                value = _value(so_far, (base + lane + 1).to(tl.float64), slope, drift, against)
                 tl.store(at_step, value, mask=inside)
             tl.debug_barrier()
         carry = zero

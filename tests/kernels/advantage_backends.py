@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("PRIME_KERNELS_TEST_DEVICE", "")  # cuda; or cpu, which rehearses that
 BACKENDS = ["triton"] if INTERPRETING else {"cuda": ["cuda", "triton"], "cpu": ["cpu"]}.get(DEVICE, ["cpu", "cuda"])
-EXAMPLES = 12 if INTERPRETING or DEVICE == "cuda" else 40
+EXAMPLES = 8 if INTERPRETING or DEVICE == "cuda" else 24
 prime_advantage = on_device(prime_kernels.prime_advantage, DEVICE) if DEVICE else prime_kernels.prime_advantage
 
 

@@ -153,12 +153,11 @@ def test_prm_loss(backend, rows_of_a_chunk, head, weighted, kind):
     close_grads(grads(got.loss * 2.5, hidden, weight, bias), grads(want.loss * 2.5, hidden_, weight_, bias_))
 
 
-@pytest.mark.parametrize("head", ["plain", "bias"])
-@pytest.mark.parametrize("kind", ["response", "centered", "prefix"])
+@pytest.mark.parametrize(("head", "kind"), [("plain", "response"), ("bias", "centered"), ("bias", "prefix")])
 def test_prm_loss_of_rows_of_any_length(backend, head, kind, monkeypatch):
     """Buffers far smaller than a row, far larger, and all between: fresh lengths in every run."""
     rng = random.Random()
-    for _ in range(4):
+    for _ in range(4 if backend != "triton" else 2):
         monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", str(rng.randint(1, 12)))
         lengths = [rng.choice((1, 2, 3, 5, 9, 30, 200)) for _ in range(rng.randint(1, 6))]
         cuts = torch.tensor([0, *accumulate(lengths)])
