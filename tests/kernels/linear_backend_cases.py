@@ -159,7 +159,8 @@ def test_prm_loss_of_rows_of_any_length(backend, head, kind, monkeypatch):
     rng = random.Random()
     for _ in range(4 if backend != "triton" else 2):
         monkeypatch.setenv("PRIME_KERNELS_CHUNK_ROWS", str(rng.randint(1, 12)))
-        lengths = [rng.choice((1, 2, 3, 5, 9, 30, 200)) for _ in range(rng.randint(1, 6))]
+        longest = 200 if backend != "triton" else 40  # an interpreter is slow
+        lengths = [rng.choice((1, 2, 3, 5, 9, 30, longest)) for _ in range(rng.randint(1, 6))]
         cuts = torch.tensor([0, *accumulate(lengths)])
         hidden, weight, bias, targets = make(n=sum(lengths), bias=head == "bias")
         ref, outcome = vectors(sum(lengths))[3], torch.rand(len(lengths)).round(decimals=1)
