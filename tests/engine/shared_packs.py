@@ -40,7 +40,6 @@ LR = 0.0
 CASES = {  # ranks: (model, dtype, ranks to a pack, model.recompute)
     2: [("llama, 4", "float32", 2, "none"), ("qwen2 tied, 2", "bfloat16", 2, "all")],
     4: [
-        ("llama, 4", "float32", 2, "all"),
         ("qwen2 tied, 2", "float32", 4, "attention-saved"),
         ("qwen3, 1", "float32", 4, "all"),
         ("mistral of window 5, 2", "float32", 2, "none"),
