@@ -160,7 +160,7 @@ def gone(pid: int) -> bool:
 
 
 def test_an_engine_lost_in_the_middle_costs_no_prompt(workspace, monkeypatch):
-    """Killed, or stopped so that it gives no sign of life; the new one gets the weights and redoes what is missing."""
+    """Stopped, so that it gives no sign of life; the new one gets the weights and redoes what is missing."""
     engine, restart = start_engine("vllm", workspace / "model", batch=8, longest=512), process.EngineProcess.restart
 
     def patient_restart(self, room):
@@ -173,33 +173,26 @@ def test_an_engine_lost_in_the_middle_costs_no_prompt(workspace, monkeypatch):
     try:
         fleet.sync()
         asked = requests(12, 480)
-        for end in (signal.SIGKILL, signal.SIGSTOP):
-            fleet.settled()
-            fleet.submit(asked)
-            done = {}
-            while not done:
-                done |= dict(fleet.step())
-            assert len(done) < 12
-            engine.deadlines = process.Deadlines(silence=6.0)  # not before: the first batch of an engine is slow
-            lost = engine.process.pid
-            os.kill(lost, end)
-            while len(done) < 12:
-                done |= dict(fleet.step())
-            assert fleet.restarts == 1 and engine.process.pid != lost and gone(lost)
-            expected = fleet.generate(asked)
-            for key, samples in done.items():
-                for got, want in zip(samples, expected[key], strict=True):
-                    same = min(len(got.tokens), len(want.tokens), 8)  # later, rounding in another batch may turn a draw
-                    assert torch.equal(got.tokens[:same], want.tokens[:same])
-                    assert len(got.tokens) == 480 or got.tokens[-1] == EOS
-        os.kill(engine.process.pid, signal.SIGKILL)
+        fleet.submit(asked)
+        done = {}
+        while not done:
+            done |= dict(fleet.step())
+        assert len(done) < 12
+        engine.deadlines = process.Deadlines(silence=6.0)  # not before: the first batch of an engine is slow
+        lost = engine.process.pid
+        os.kill(lost, signal.SIGSTOP)
+        while len(done) < 12:
+            done |= dict(fleet.step())
+        assert fleet.restarts == 1 and engine.process.pid != lost and gone(lost)
+        expected = fleet.generate(asked)
+        for key, samples in done.items():
+            for got, want in zip(samples, expected[key], strict=True):
+                same = min(len(got.tokens), len(want.tokens), 8)  # later, rounding in another batch may turn a draw
+                assert torch.equal(got.tokens[:same], want.tokens[:same])
+                assert len(got.tokens) == 480 or got.tokens[-1] == EOS
+        os.kill(engine.process.pid, signal.SIGKILL)  # a second time before a step was made
         with pytest.raises(EngineDied, match="exit code -9"):
             fleet.generate(asked)
-        fleet.settled()
-        engine.restart(1.0)
-        fleet.sync()
-        engine.ready()
-        assert len(fleet.generate(requests(2, 8))) == 2
     finally:
         engine.close()
     assert gone(engine.process.pid)
