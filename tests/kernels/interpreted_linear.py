@@ -16,6 +16,8 @@ assert triton.knobs.runtime.interpret
 @pytest.fixture(params=["fused", "gemm"])
 def backend(request, monkeypatch):
     """Kernel sizes at which every loop runs more than once and every edge is ragged."""
+    if request.param == "gemm" and "logprob_and_entropy" in request.node.name and "all" not in request.node.name:
+        pytest.skip("slow, and gemm's row kernel is run by the losses")
     monkeypatch.setenv("PRIME_KERNELS_LOGITS", request.param)
     monkeypatch.setattr(tune, "BLOCK_ROWS", 8)
     monkeypatch.setattr(tune, "ROW", tune.Row(block=32, warps=4))
