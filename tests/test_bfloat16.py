@@ -18,8 +18,7 @@ from prime_fast.metrics import read_metrics
 
 PROMPTS = (4080, 900, 150, 12)  # tokens
 CASES = [
-    (1, "hf", "none", "prm"),
-    (1, "vllm", "all", "prm"),
+    (1, "hf", "all", "prm"),
     (2, "hf", "attention-saved", "policy"),
     (2, "vllm", "1", "prm"),
 ]
