@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prime_kernels.reference_credit import standardised
+from prime_kernels.reference_credit import standardised, step_ends
 
 PREFIXES = 8  # of a response, evenly spread over its steps
 ROUNDS = 50  # of Newton's method, which converges in about 6
@@ -77,14 +77,10 @@ def prefixes(
 
 def step_totals(x: Tensor, cu_seqlens: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
     """(S,): the sum of each row's x up to the end of each of its steps; (R+1,): where the rows' steps begin."""
-    ends = torch.ones(len(x), dtype=torch.bool)
-    if step is not None:
-        ends[:-1] = step.diff() != 0
-        ends[cu_seqlens[1:] - 1] = True
+    ends, steps = step_ends(step, cu_seqlens, len(x))
     total = x.cumsum(0)
     start = (total - x)[cu_seqlens[:-1]].repeat_interleave(cu_seqlens.diff())
-    count = ends.long().cumsum(0)
-    return (total - start)[ends], torch.nn.functional.pad(count[cu_seqlens[1:] - 1], (1, 0))
+    return (total - start)[ends], steps
 
 
 def value(total: Tensor, steps: Tensor, others: Tensor, fit: Fit) -> Tensor:
@@ -93,7 +89,8 @@ def value(total: Tensor, steps: Tensor, others: Tensor, fit: Fit) -> Tensor:
 
 def expected(total: Tensor, steps: Tensor, others: Tensor, baseline: Tensor, fit: Fit) -> Tensor:
     """The outcome that is expected after a prefix: the baseline, moved by what V has moved since the response began."""
-    return baseline + value(total, steps, others, fit) - others
+    start = torch.zeros_like(total)
+    return baseline + (value(total, steps, others, fit) - value(start, start, others, fit))
 
 
 def fit(steps: Sequence[Prefixes]) -> Fit:

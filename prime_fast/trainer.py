@@ -160,8 +160,9 @@ class Trainer:
         if prm_logprob is not None and not torch.isfinite(prm_logprob - ref_logprob[1.0]).all():
             return "log-probs of the PRM or its reference are not finite, so there are no advantages"
         with phases("advantage"):
-            base = batch.engine_logprob.to(self.device) if config.prime.rebase else ref_logprob.get(1.0)
-            base = None if prm_logprob is None else base
+            base = None if prm_logprob is None else ref_logprob[1.0]
+            if base is not None and config.prime.rebase:
+                base = batch.engine_logprob.to(self.device)
             advantage, told = self.credit.advantage(batch, prm_logprob, base, self.device)
         self.record |= told
         if step <= warmup:

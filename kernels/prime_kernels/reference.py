@@ -77,8 +77,7 @@ def prm_row_gradient(score: Tensor, outcome: Tensor) -> Tensor:
 def prm_prefix_logit(log_ratio: Tensor, intercept: Tensor, cu_seqlens: Tensor, beta: float) -> Tensor:
     """(T,) float64: intercept_i + beta * S_t, S_t the sum of row i's log_ratio (T,) up to and including token t."""
     row, to_end = places(cu_seqlens, len(log_ratio))
-    from_start = cu_seqlens.diff()[row] - to_end + 1
-    sums = suffix_sum(log_ratio.double().flip(0), from_start.flip(0), longest=len(row)).flip(0)
+    sums = prefix_sum(log_ratio.double(), cu_seqlens.diff()[row] - to_end + 1, longest=len(row))
     return intercept.double()[row] + beta * sums
 
 
@@ -147,6 +146,12 @@ def suffix_sum(x: Tensor, to_end: Tensor, gamma: float = 1.0, longest: int | Non
         x[:-step] += (x[step:] * gamma**step).masked_fill_(to_end[:-step] <= step, 0)
         step *= 2
     return x
+
+
+def prefix_sum(x: Tensor, from_start: Tensor, longest: int | None = None) -> Tensor:
+    """sum over s <= t of x_s within each row. from_start (T,): how many tokens there are from the row's start to this
+    one, which counts. Bits and longest: see suffix_sum."""
+    return suffix_sum(x.flip(0), from_start.flip(0), longest=longest).flip(0)
 
 
 def baseline(values: Tensor, group: Tensor, estimator: str, form: str) -> tuple[Tensor, Tensor]:

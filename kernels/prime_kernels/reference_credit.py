@@ -7,7 +7,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from prime_kernels.reference import Advantage, all_reduce, group_moments, segment_sum, suffix_sum, whitened
+from prime_kernels.reference import (
+    Advantage,
+    all_reduce,
+    group_moments,
+    places,
+    prefix_sum,
+    segment_sum,
+    suffix_sum,
+    whitened,
+)
 
 CREDITS = ("critic", "pav", "lookahead", "odds", "td")
 CLIP = 3.0  # deviations of a step's log-ratio that still count, of "odds"
@@ -22,27 +31,30 @@ def advantage(
 ) -> Advantage:  # fmt: skip
     """prime_kernels.prime_advantage on checked arguments, for a credit other than "published"."""
     dtype = outcome.dtype if prm_logprob is None else torch.promote_types(outcome.dtype, prm_logprob.dtype)
-    outcome, lengths = outcome.double(), cu_seqlens.diff()
-    place = torch.arange(len(outcome), device=outcome.device)
-    row = place.repeat_interleave(lengths)
-    to_end = cu_seqlens[1:][row] - torch.arange(len(row), device=row.device)
+    outcome = outcome.double()
+    row, to_end = places(cu_seqlens, int(cu_seqlens[-1]))
     q = outcome.new_zeros(len(row)) if prm_logprob is None else prm_logprob.double() - ref_logprob.double()
     others = others_mean(outcome, group, shrink, prior)
     result = outcome_weight * (outcome - others)[row] * outcome_gamma ** (to_end - 1).double()
     if process_weight:
-        ends = torch.ones_like(row, dtype=torch.bool)
-        if step is not None:
-            ends[:-1] = (step.diff() != 0) | (to_end[:-1] == 1)
-        count = ends.cumsum(0)  # steps up to here, this one included where it ends
-        steps = F.pad(count[cu_seqlens[1:].long() - 1], (1, 0))  # as cu_seqlens, of steps
-        total = prefix_sum(q, cu_seqlens[1:][row] - cu_seqlens[:-1][row] - to_end)[ends]
+        ends, steps = step_ends(step, cu_seqlens, len(row))
+        total = prefix_sum(q, cu_seqlens.diff()[row] - to_end + 1)[ends]
         smoothed = others_mean(outcome, group, max(shrink, 1.0), prior)
         process = of_steps(credit, total, row[ends], steps, outcome, others, smoothed, beta, slope, drift,
                            gamma, process_group)  # fmt: skip
-        result = result + process_weight * process[count - ends.long()]
+        result = result + process_weight * process[ends.cumsum(0) - ends.long()]
     if whiten:
         result = whitened(result, cu_seqlens, process_group)
     return Advantage(result.to(dtype), (beta * q).to(dtype), (beta * segment_sum(q, cu_seqlens)).to(dtype))
+
+
+def step_ends(step: Tensor | None, cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """(T,) bool: whether a token is the last of its step; (R+1,) int64: as cu_seqlens, of steps. step (T,) or None."""
+    ends, last = torch.ones(tokens, dtype=torch.bool, device=cu_seqlens.device), cu_seqlens[1:].long() - 1
+    if step is not None:
+        ends[:-1] = step.diff() != 0
+        ends[last] = True
+    return ends, F.pad(ends.cumsum(0)[last], (1, 0))
 
 
 def of_steps(credit, total, row, steps, outcome, others, start, beta, slope, drift, gamma, process_group) -> Tensor:
@@ -99,12 +111,3 @@ def exp(x: Tensor) -> Tensor:
     for n in range(14, 0, -1):
         result = result * rest / n + 1
     return result * torch.exp2(power)
-
-
-def prefix_sum(x: Tensor, from_start: Tensor) -> Tensor:
-    """Sum of x_s, s <= t, within each row; from_start (T,): tokens of the row before this one. See suffix_sum."""
-    x, step, longest = x.clone(), 1, from_start.max().item() + 1
-    while step < longest:
-        x[step:] += x[:-step].masked_fill(from_start[step:] < step, 0)
-        step *= 2
-    return x
