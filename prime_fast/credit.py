@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,14 +43,33 @@ class Credit:
         nothing that a row's outcome has moved enters its own process reward.
         """
         step = None if self.separators is None else step_numbers(batch, self.separators)
-        combine = self._published if self.config.credit == "published" else self._calibrated
-        arguments = batch, prm_logprob, ref_logprob, step, device
-        p = self.config
-        result = combine(*arguments, p.process_weight, p.outcome_weight, p.whiten)
+        p, (slope, trust) = self.config, trusted(self.fit, self.config.gate, self.config.credit)
+        cu_seqlens = batch.cu_seqlens.to(device)
+        prm, ref, form = prm_logprob, ref_logprob, {"estimator": p.estimator, "form": p.form, "normalize": p.normalize}
+        if p.credit != "published":
+            form = {"credit": p.credit, "shrink": p.shrink, "prior": self._prior(), "slope": slope}
+            form |= {"drift": self.fit.drift, "step": None if step is None else step.to(device)}
+        elif prm is not None and p.granularity == "whole":
+            prm = prime.on_last_token(prm - ref, cu_seqlens)
+            ref = torch.zeros_like(prm)
+        combine = partial(
+            prime_kernels.prime_advantage,
+            prm,
+            ref,
+            batch.outcome.to(device),
+            cu_seqlens,
+            batch.group.to(device),
+            beta=p.beta,
+            gamma=p.gamma[0],
+            outcome_gamma=p.gamma[1],
+            **form,
+        )
+        weights = {"process_weight": p.process_weight * trust, "outcome_weight": p.outcome_weight}
+        result = combine(**weights, whiten=p.whiten)
         record: dict[str, Any] = {}
         if prm_logprob is not None:
-            process = combine(*arguments, p.process_weight, 0.0, False).advantage.square().mean().sqrt()
-            outcome = combine(*arguments, 0.0, p.outcome_weight, False).advantage.square().mean().sqrt()
+            parts = (combine(**weights | {none: 0.0}, whiten=False).advantage for none in reversed(weights))
+            process, outcome = (part.square().mean().sqrt() for part in parts)
             record |= {
                 "process_over_outcome": float(process / outcome) if outcome > 0 else None,
                 "process_reward_mean": float(result.token_reward.mean()),
@@ -66,51 +86,6 @@ class Credit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.window = deque((Prefixes(**prefixes) for prefixes in state["window"]), maxlen=WINDOW)
         self.fit = calibration.fit(self.window)
-
-    def _published(self, batch, prm_logprob, ref_logprob, step, device, process_weight, outcome_weight, whiten):
-        p, cu_seqlens = self.config, batch.cu_seqlens.to(device)
-        if prm_logprob is not None and p.granularity == "whole":
-            prm_logprob = prime.on_last_token(prm_logprob - ref_logprob, cu_seqlens)
-            ref_logprob = torch.zeros_like(prm_logprob)
-        return prime_kernels.prime_advantage(
-            prm_logprob,
-            ref_logprob,
-            batch.outcome.to(device),
-            cu_seqlens,
-            batch.group.to(device),
-            beta=p.beta,
-            gamma=p.gamma[0],
-            outcome_gamma=p.gamma[1],
-            process_weight=process_weight,
-            outcome_weight=outcome_weight,
-            estimator=p.estimator,
-            form=p.form,
-            normalize=p.normalize,
-            whiten=whiten,
-        )
-
-    def _calibrated(self, batch, prm_logprob, ref_logprob, step, device, process_weight, outcome_weight, whiten):
-        p = self.config
-        slope, weight = trusted(self.fit, p.gate, p.credit)
-        return prime_kernels.prime_advantage(
-            prm_logprob,
-            ref_logprob,
-            batch.outcome.to(device),
-            batch.cu_seqlens.to(device),
-            batch.group.to(device),
-            credit=p.credit,
-            step=None if step is None else step.to(device),
-            beta=p.beta,
-            gamma=p.gamma[0],
-            outcome_gamma=p.gamma[1],
-            process_weight=process_weight * weight,
-            outcome_weight=outcome_weight,
-            shrink=p.shrink,
-            prior=self._prior(),
-            slope=slope,
-            drift=self.fit.drift,
-            whiten=whiten,
-        )
 
     def _learn(self, batch: Batch, log_ratio: Tensor, step: Tensor | None) -> dict[str, Any]:
         """How good the PRM was on this step by the calibration of those before; then add the step to them."""
@@ -147,13 +122,9 @@ def trusted(fit: Fit, gate: str, credit: str) -> tuple[float, float]:
     gate "evidence": the slope as far as it is sure, and none while it explains nothing; "size", of "odds": the effect
     on the outcome in the place of the outcomes' spread.
     """
-    sure, weight = fit.evidence, 1.0
-    if gate != "none" and fit.explained <= 0:
-        sure = 0.0
-    if credit == "odds":
-        size = fit.step_effect if gate == "size" else fit.spread
-        weight = size * (1.0 if gate == "none" else fit.step_evidence)
-    return fit.slope * (1.0 if gate == "none" else sure), weight
+    sure, step_sure = (1.0, 1.0) if gate == "none" else (fit.evidence * (fit.explained > 0), fit.step_evidence)
+    size = fit.step_effect if gate == "size" else fit.spread
+    return fit.slope * sure, size * step_sure if credit == "odds" else 1.0
 
 
 def separators(pattern: str | list[int], tokenizer: Any) -> Tensor:
