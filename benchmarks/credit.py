@@ -27,20 +27,11 @@ from prime_fast.data.rows import load_rows
 from prime_fast.engine import packing
 from prime_fast.engine.checkpoint import latest
 from prime_fast.engine.model import PackedLM
+from prime_fast.prime import area_under_curve
 from prime_fast.rollout.hf import HFEngine
 
 PROBLEMS, SAMPLES, LONGEST = 256, 4, 64
 CPU = torch.device("cpu")
-
-
-def area_under_curve(positive: Tensor, negative: Tensor) -> float:
-    """Chance that a value of `positive` (P,) exceeds one of `negative` (N,), ties counting one half."""
-    ranks = torch.cat([positive, negative]).double()
-    order = ranks.sort().values
-    below = torch.searchsorted(order, ranks, side="left")
-    upto = torch.searchsorted(order, ranks, side="right")
-    rank_sum = ((below + upto + 1).double() / 2)[: len(positive)].sum()
-    return float((rank_sum - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
 
 
 class Responses:

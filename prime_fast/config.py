@@ -130,6 +130,9 @@ class PrimeConfig(Section):
     segment: Literal["token", "step"] = "token"  # what gets credit as one
     separators: Separators = "\n"  # the last token of a step: its id, or a regular expression that its text holds
     rebase: bool = False  # log-ratios of PRM to sampling policy, not to the reference; the PRM is trained as without
+    # (prompt, response) -> [(character of the response, right)], as path/to/file.py:name or package.module:name: which
+    # steps are right, for the metric prm_step_auc alone
+    step_labels: Name | None = None
     granularity: Literal["token", "whole"] = "token"  # whole: a row's process reward comes with its last token
     estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
     form: Literal["run", "paper"] = "run"

@@ -129,3 +129,13 @@ def pair_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> tuple[float,
     difference = (score[:, None] - score[None, :])[pairs]
     correct = (difference > 0).sum() + 0.5 * (difference == 0).sum()
     return correct.item(), difference.numel()
+
+
+def area_under_curve(positive: Tensor, negative: Tensor) -> float:
+    """Chance that a value of `positive` (P,) exceeds one of `negative` (N,), ties counting one half."""
+    ranks = torch.cat([positive, negative]).double()
+    order = ranks.sort().values
+    below = torch.searchsorted(order, ranks, side="left")
+    upto = torch.searchsorted(order, ranks, side="right")
+    rank_sum = ((below + upto + 1).double() / 2)[: len(positive)].sum()
+    return float((rank_sum - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import prime_kernels
-from prime_fast import passes, preflight, prime, profile
+from prime_fast import passes, preflight, prime, profile, step_labels
 from prime_fast.config import Config, OptimizerConfig
 from prime_fast.credit import Credit
 from prime_fast.engine import checkpoint, distributed
@@ -44,6 +44,7 @@ class Trainer:
                 say(sentence)
         self.phases = Phases()
         self.credit = Credit(config.prime, inputs.tokenizer)
+        self.step_labels = step_labels.load(config.prime.step_labels) if config.prime.step_labels else None
         self.policy = self._engine("policy", config.model.policy, config.policy)
         self.prm = self.reference = None
         if config.uses_prm:
@@ -363,6 +364,10 @@ class Trainer:
             correct, pairs = prime.pair_accuracy(score, outcome, batch.group)
             self.record["prm_accuracy"] = float(((score > 0) == (outcome > 0.5)).float().mean())
             self.record["prm_pair_accuracy"] = correct / pairs if pairs else None
+            if self.step_labels:
+                ratio = (scored.logprob - scored.ref_logprob[1.0]).cpu()
+                auc = step_labels.step_auc(self.step_labels, self.inputs.tokenizer, batch, ratio)
+                self.record["prm_step_auc"] = auc
 
     def _old_logprob(
         self, batch: Batch, epochs: list[list[passes.MiniBatch]], ref_logprob: dict[float, Tensor]

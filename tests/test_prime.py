@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_fast.prime import keep_groups, pair_accuracy, policy_loss, prm_intercept, prm_loss
+from prime_fast.prime import area_under_curve, keep_groups, pair_accuracy, policy_loss, prm_intercept, prm_loss
 from prime_kernels.reference import policy_token_loss
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "prime_vectors.json").read_text())
@@ -200,6 +200,16 @@ def test_pair_accuracy(batch):
 
 def test_pair_accuracy_without_pairs():
     assert pair_accuracy(torch.rand(3), torch.ones(3), torch.zeros(3).long()) == (0.0, 0)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_area_under_curve_counts_pairs(levels):
+    generator = torch.Generator().manual_seed(levels)
+    right = torch.randint(0, levels, (40,), generator=generator).float() + 1
+    wrong = torch.randint(0, levels, (25,), generator=generator).float()
+    pairs = right[:, None] - wrong[None, :]
+    expected = ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean()
+    assert area_under_curve(right, wrong) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_importing_prime_needs_no_trainer():

@@ -203,12 +203,17 @@ def test_two_ranks_do_the_same_as_one(case, workspace, tmp_path):
         assert difference / update < 1e-3, name
 
 
+def even_is_right(prompt, response):
+    return [(place, int(character) % 2 == 0) for place, character in enumerate(response) if character.isdigit()]
+
+
 def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspace, tmp_path):
     """Amid the steps that train it alone. These count as steps; the policy's schedule begins after them."""
     settings = ["steps=3", "prm.warmup_steps=2", "prm.loss=prefix", "prm.rows=all", "prm.passes=2"]
     settings += ["rollout.keep=[0.3, 0.5]", "policy.schedule=linear", "log.checkpoint_every=1", "log.keep=3"]
     settings += ["prime.credit=pav", "prime.gate=none", "prime.segment=step", "prime.separators='[0-4]'"]
     settings += ["prime.shrink=1.5", "prime.rebase=true"]  # those steps calibrate it
+    settings += [f"prime.step_labels={__file__}:even_is_right"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     _, *records = run(workspace, whole, *settings)
     start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
@@ -224,6 +229,7 @@ def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspac
     assert [record["rollouts"] for record in records] == sorted({record["rollouts"] for record in records})
     assert any(record["prm_slope"] > 0 for record in records)  # the credit has learnt from the steps before
     assert records[2]["policy_lr"] == 1e-3 and records[0]["prm_pair_accuracy"] is not None
+    assert all(0 <= record["prm_step_auc"] <= 1 for record in records[1:]) and records[0]["prm_step_auc"] != 0.5
     shutil.copytree(whole, again)
     (again / "checkpoints" / "latest").write_text("step-000001")
     assert stable(run(workspace, again, *settings, resume=True))[1:] == stable(records)

@@ -69,7 +69,8 @@ class Study:
         overrides = [*self.settings, f"run_dir={self.run(name, seed)}", f"steps={steps}"]
         overrides += [f"seed={seed + HELPER_SEED * helps}", "rollout.patience=0"]  # all of one length
         overrides += [f"data.train={task / 'train.jsonl'}", f"data.eval={task / 'eval.jsonl'}"]
-        overrides += [f"model.policy={sft / 'model'}", *what.overrides]
+        overrides += [f"model.policy={sft / 'model'}", f"prime.step_labels={self.made.module}:step_labels"]
+        overrides += what.overrides
         if what.helper:
             checkpoints = self.run(what.helper, seed) / "checkpoints"
             overrides.append(f"model.prm={checkpoints / (checkpoints / 'latest').read_text().strip() / 'prm'}")

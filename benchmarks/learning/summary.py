@@ -16,6 +16,7 @@ from prime_fast.metrics import read_metrics
 from prime_fast.views.report import phase_seconds, series
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # accuracies whose price in rollouts is reported
+THIRDS = {"pair_accuracy_by_thirds": "prm_pair_accuracy", "step_auc_by_thirds": "prm_step_auc"}  # means, of a run
 Runs = dict[str, dict]  # seed -> summary
 
 
@@ -27,18 +28,20 @@ def summarise(records: list[dict], helper: Sequence[dict] = ()) -> dict:
     rollouts, accuracy = series(records, "eval_accuracy", "rollouts")
     curve = {"rollouts": rollouts, "accuracy": accuracy}
     seconds = phase_seconds(records) | {"whole": sum(series(records, "seconds")[1])}
-    thirds = np.array_split(np.array(series(records, "prm_pair_accuracy")[1]), 3)
+    thirds = {key: np.array_split(np.array(series(records, key)[1]), 3) for key in THIRDS.values()}
     return {
         "start_accuracy": accuracy[0],
         "final_accuracy": accuracy[-1],
         "mean_accuracy": float(np.trapezoid(accuracy, rollouts) / (rollouts[-1] - rollouts[0])),
         "rollouts_to": {str(level): rollouts_to(curve, level) for level in LEVELS},
-        "pair_accuracy_by_thirds": [float(third.mean()) for third in thirds] if thirds[-1].size else None,
         "seconds": seconds["whole"],
         "seconds_per_step": {phase: total / records[-1]["step"] for phase, total in seconds.items()},
         "warmup_rollouts": helper[-1]["rollouts"] if helper else 0,
         "warmup_seconds": sum(series(list(helper), "seconds")[1]),
         "curve": curve,
+    } | {
+        name: [float(third.mean()) for third in thirds[key]] if thirds[key][-1].size else None
+        for name, key in THIRDS.items()
     }
 
 
@@ -82,14 +85,14 @@ def t_quantile(freedom: int) -> float:
 def average(runs: Runs) -> dict:
     """Means over an arm's seeds; rollouts to a level over those that reached it, beside how many did."""
     values = list(runs.values())
-    thirds = [run["pair_accuracy_by_thirds"] for run in values if run["pair_accuracy_by_thirds"]]
+    thirds = {name: _present(run[name] for run in values) for name in THIRDS}
     phases = dict.fromkeys(phase for run in values for phase in run["seconds_per_step"])
     means = ("start_accuracy", "final_accuracy", "mean_accuracy", "seconds", "warmup_rollouts", "warmup_seconds")
     reached = {level: _present(run["rollouts_to"][level] for run in values) for level in map(str, LEVELS)}
     return {key: float(np.mean([run[key] for run in values])) for key in means} | {
         "rollouts_to": {level: float(np.mean(x)) if x else None for level, x in reached.items()},
         "reached": {level: len(x) for level, x in reached.items()},
-        "pair_accuracy_by_thirds": np.mean(thirds, 0).tolist() if thirds else None,
+        **{name: np.mean(found, 0).tolist() if found else None for name, found in thirds.items()},
         "seconds_per_step": {p: float(np.mean([run["seconds_per_step"].get(p, 0) for run in values])) for p in phases},
         "curve": mean_curve([run["curve"] for run in values]),
     }

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.learning.arms import BASE
-from benchmarks.learning.summary import LEVELS
+from benchmarks.learning.summary import LEVELS, THIRDS
 from prime_fast.views.report import RUN_COLORS, STYLE
 
 LINES = 6  # of one picture
@@ -55,7 +55,8 @@ def markdown(results: dict) -> str:
 def arm_table(results: dict) -> str:
     levels = " / ".join(map(str, LEVELS))
     rows = [["arm", "seeds", "start", "final per seed", "final", "mean over the run", f"rollouts to {levels}"]]
-    rows[0] += ["warm-up rollouts", "pair accuracy by thirds", "s/step: generate, PRM, reference, policy, all"]
+    rows[0] += ["warm-up rollouts", "PRM pair accuracy by thirds", "step AUC by thirds"]
+    rows[0] += ["s/step: generate, PRM, reference, policy, all"]
     for result in results.values():
         mean, runs = result["mean"], result["seeds"]
         seconds = [mean["seconds_per_step"].get(p, 0) for p in ("generate", "prm", "reference", "policy", "whole")]
@@ -64,7 +65,7 @@ def arm_table(results: dict) -> str:
         row += [f"{mean['final_accuracy']:.3f}", f"{mean['mean_accuracy']:.3f}"]
         row += [" / ".join(_cost(x, mean["reached"][level], len(runs)) for level, x in mean["rollouts_to"].items())]
         row += [f"{mean['warmup_rollouts']:.0f}"]
-        row += [" / ".join(f"{x:.2f}" for x in mean["pair_accuracy_by_thirds"] or []) or "-"]
+        row += [" / ".join(f"{x:.2f}" for x in mean[name] or []) or "-" for name in THIRDS]
         rows.append([*row, ", ".join(f"{x:.2f}" for x in seconds)])
     return _table(rows)
 

@@ -120,7 +120,7 @@ def load_reward(reward: str, timeout: float = 10.0, sandbox: str = "namespaces")
     check_name(reward)
     if reward in BUILT_IN:
         return _built_in(reward, timeout, sandbox)
-    function = _import(reward)
+    function = import_function(reward, "reward")
     names = inspect.signature(function).parameters
     if {"data_source", "solution_str", "ground_truth"} <= set(names):
         return _verl(function, reward)
@@ -149,8 +149,9 @@ def _built_in(reward: str, timeout: float, sandbox: str) -> RewardFunction:
     return lambda response, row: graders[ability_of(row) or default](response, truth_of(row))
 
 
-def _import(reward: str) -> Callable:
-    place, _, name = reward.rpartition(":")
+def import_function(name: str, what: str) -> Callable:
+    """`path/to/file.py:function` or `package.module:function`; BadReward if there is none. what: the setting."""
+    place, _, function = name.rpartition(":")
     try:
         if place.endswith(".py"):
             path = Path(place).resolve()
@@ -162,11 +163,11 @@ def _import(reward: str) -> Callable:
         else:
             module = importlib.import_module(place)
     except Exception as error:
-        raise BadReward(f'reward "{reward}" cannot be imported: {type(error).__name__}: {error}') from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise BadReward(f'reward "{reward}": there is no function "{name}" in {place}')
-    return function
+        raise BadReward(f'{what} "{name}" cannot be imported: {type(error).__name__}: {error}') from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise BadReward(f'{what} "{name}": there is no function "{function}" in {place}')
+    return found
 
 
 def _verl(function: Callable, reward: str) -> RewardFunction:

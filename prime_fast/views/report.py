@@ -77,6 +77,7 @@ PANELS = [
     Panel("SFT loss (nats per token)", ("loss", "eval_loss")),
     Panel("Training outcome, all rollouts", ("outcome",), percent=True),
     Panel("PRM pair accuracy", ("prm_pair_accuracy",), percent=True, guide=(0.5, "chance"), from_zero=False),
+    Panel("PRM step AUC", ("prm_step_auc",), percent=True, guide=(0.5, "chance"), from_zero=False),
     Panel("Outcome variance explained by the PRM", ("prm_explained_75", "prm_explained_25")),
     Panel("Trust in the PRM (gate)", ("prm_gate",)),
     Panel("PRM calibration error", ("prm_calibration_error",)),
