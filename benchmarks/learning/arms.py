@@ -78,6 +78,7 @@ ADDITIONS = {
     "all": Arm("PRM on all rollouts", ("prm.rows=all",)),
     "passes": Arm("3 PRM passes", ("prm.passes=3",)),
     "x4": Arm("process weight 4", ("prime.process_weight=4",)),
+    "x12": Arm("process weight 12", ("prime.process_weight=12",)),
     "warm": Arm("warm PRM", (), helper="warmup"),
     "oracle": Arm("true step labels", ("prime.update=none",), oracle=True),
 }
