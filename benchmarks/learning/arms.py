@@ -79,6 +79,7 @@ ADDITIONS = {
     "passes": Arm("3 PRM passes", ("prm.passes=3",)),
     "x4": Arm("process weight 4", ("prime.process_weight=4",)),
     "x12": Arm("process weight 12", ("prime.process_weight=12",)),
+    "unfiltered": Arm("no group dropped", ("rollout.keep=[0, 1]",)),  # process rewards teach where outcomes are alike
     "warm": Arm("warm PRM", (), helper="warmup"),
     "oracle": Arm("true step labels", ("prime.update=none",), oracle=True),
 }

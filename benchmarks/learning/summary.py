@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from math import lgamma, log, pi
 
 import numpy as np
@@ -39,19 +40,28 @@ def summarise(records: list[dict], helper: Sequence[dict] = ()) -> dict:
         "warmup_rollouts": helper[-1]["rollouts"] if helper else 0,
         "warmup_seconds": sum(series(list(helper), "seconds")[1]),
         "curve": curve,
+        "step_auc": between(series(records, "prm_step_auc", "rollouts"), rollouts),
     } | {
         name: [float(third.mean()) for third in thirds[key]] if thirds[key][-1].size else None
         for name, key in THIRDS.items()
     }
 
 
-def mean_curve(curves: Sequence[dict]) -> dict:
-    """The mean over seeds and its 95% band, as far as all of them have run, at every seed's evaluation points."""
-    end = min(curve["rollouts"][-1] for curve in curves)
-    grid = sorted({x for curve in curves for x in curve["rollouts"] if x <= end})
-    values = [np.interp(grid, curve["rollouts"], curve["accuracy"]) for curve in curves]
+def between(points: tuple[Sequence[float], Sequence[float]], ends: Sequence[float]) -> dict | None:
+    """The mean of the points up to each of `ends`, from the one before on; None if there is no point at all."""
+    x, y = map(np.asarray, points)
+    found = {end: y[(x > start) & (x <= end)] for start, end in pairwise(ends)}
+    means = {end: float(values.mean()) for end, values in found.items() if len(values)}
+    return {"rollouts": list(means), "auc": list(means.values())} if means else None
+
+
+def mean_curve(curves: Sequence[dict], key: str = "accuracy") -> dict:
+    """The mean over seeds and its 95% band, where all of them have run, at every seed's points."""
+    start, end = max(curve["rollouts"][0] for curve in curves), min(curve["rollouts"][-1] for curve in curves)
+    grid = sorted({x for curve in curves for x in curve["rollouts"] if start <= x <= end})
+    values = [np.interp(grid, curve["rollouts"], curve[key]) for curve in curves]
     middle, low, high = np.transpose([interval(column) for column in np.transpose(values)]).tolist()
-    return {"rollouts": grid, "accuracy": middle} | ({"low": low, "high": high} if len(curves) > 1 else {})
+    return {"rollouts": grid, key: middle} | ({"low": low, "high": high} if len(curves) > 1 else {})
 
 
 def rollouts_to(curve: dict, level: float) -> float | None:
@@ -85,6 +95,7 @@ def t_quantile(freedom: int) -> float:
 def average(runs: Runs) -> dict:
     """Means over an arm's seeds; rollouts to a level over those that reached it, beside how many did."""
     values = list(runs.values())
+    step_auc = _present(run["step_auc"] for run in values)
     thirds = {name: _present(run[name] for run in values) for name in THIRDS}
     phases = dict.fromkeys(phase for run in values for phase in run["seconds_per_step"])
     means = ("start_accuracy", "final_accuracy", "mean_accuracy", "seconds", "warmup_rollouts", "warmup_seconds")
@@ -95,6 +106,7 @@ def average(runs: Runs) -> dict:
         **{name: np.mean(found, 0).tolist() if found else None for name, found in thirds.items()},
         "seconds_per_step": {p: float(np.mean([run["seconds_per_step"].get(p, 0) for run in values])) for p in phases},
         "curve": mean_curve([run["curve"] for run in values]),
+        "step_auc": mean_curve(step_auc, "auc") if step_auc else None,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.learning.arms import BASE
@@ -27,24 +28,37 @@ def pictures(results: dict, path: Path) -> list[Path]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Accuracy over rollouts: the mean of each arm, and the band that holds it with 95%."""
+    """Accuracy over rollouts: the mean of each arm, and the band that holds it with 95%. Below it, where it was
+    measured, how well the PRM tells right from wrong steps."""
+    has_auc = any(result["mean"].get("step_auc") for result in results.values())
     with matplotlib.rc_context(STYLE):
-        axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
+        figure = Figure(figsize=(8, 7.5 if has_auc else 5), layout="constrained")
+        axes, *below = figure.subplots(1 + has_auc, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_auc])[
+            :, 0
+        ]
         for color, result in zip(RUN_COLORS, results.values(), strict=False):
             mean = result["mean"]
-            curve = mean["curve"]
-            if "low" in curve:
-                axes.fill_between(curve["rollouts"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
             ends = f"{mean['start_accuracy']:.1%} → {mean['final_accuracy']:.1%}"
-            label = f"{result['label']}   {ends}, {len(result['seeds'])} seeds"
-            axes.plot(curve["rollouts"], curve["accuracy"], color=color, linewidth=2.2, label=label)
+            _curve(axes, mean["curve"], "accuracy", color, f"{result['label']}   {ends}, {len(result['seeds'])} seeds")
+            if mean.get("step_auc"):
+                _curve(*below, mean["step_auc"], "auc", color, None)
         axes.set_title("Held-out greedy accuracy: means over seeds, and their 95% intervals")
-        axes.set_xlabel("rollouts")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g}%")
         axes.set_ylim(0, 1)
         axes.legend(loc="lower right", fontsize=9)
-        axes.figure.savefig(path, dpi=150)
+        for lower in below:
+            lower.set_title("PRM: does a right step's log-ratio exceed a wrong one's? (AUC)")
+            lower.set_ylim(0.4, 1)
+        figure.axes[-1].set_xlabel("rollouts")
+        figure.axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+        for each in figure.axes:
+            each.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g}%")
+        figure.savefig(path, dpi=150)
+
+
+def _curve(axes: Axes, curve: dict, key: str, color: str, label: str | None) -> None:
+    if "low" in curve:
+        axes.fill_between(curve["rollouts"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
+    axes.plot(curve["rollouts"], curve[key], color=color, linewidth=2.2, label=label)
 
 
 def markdown(results: dict) -> str:

@@ -185,6 +185,15 @@ def test_the_mean_curve_ends_with_the_shortest_seed():
     assert mean["accuracy"] == pytest.approx([0.1, 0.15, 0.3, 0.45])
 
 
+def test_step_auc_is_averaged_between_evaluations():
+    points = [10, 20, 30, 40], [0.5, 0.7, 0.9, 0.1]
+    found = summary.between(points, [0, 5, 20, 30])
+    assert found == {"rollouts": [20, 30], "auc": pytest.approx([0.6, 0.9])}
+    assert summary.between(([], []), [0, 20]) is None
+    mean = summary.mean_curve([found, {"rollouts": [30, 40], "auc": [0.7, 0.8]}], "auc")
+    assert mean["rollouts"] == [30] and mean["auc"] == pytest.approx([0.8])
+
+
 def test_a_band_is_students():
     known = {1: 12.70620, 2: 4.302653, 4: 2.776445, 9: 2.262157, 30: 2.042272}
     assert {freedom: summary.t_quantile(freedom) for freedom in known} == pytest.approx(known, rel=1e-5)
