@@ -69,6 +69,7 @@ ADDITIONS = {
     "step": Arm("by steps", STEPS),
     "shrunk": Arm("shrunk baseline", ("prime.shrink=1.5",)),
     "fast": Arm("PRM lr 3e-4", ("prm.lr=3.0e-4",)),
+    "faster": Arm("PRM lr 1e-3", ("prm.lr=1.0e-3",)),
     "ungated": Arm("no gate", ("prime.gate=none",)),
     "rebased": Arm("rebased", ("prime.rebase=true",)),
     "prefix": Arm("prefix loss", ("prm.loss=prefix",)),
