@@ -16,7 +16,7 @@ import torch
 from benchmarks import learning
 from benchmarks.learning import study as runs
 from benchmarks.learning import views
-from benchmarks.learning.arms import ADDITIONS, DEFAULT_ARMS, FORMS, TASKS, arm
+from benchmarks.learning.arms import ADDITIONS, DEFAULT_ARMS, FORMS, PLAIN, TASKS, arm
 from benchmarks.learning.study import Study
 from benchmarks.learning.summary import collect
 from benchmarks.machine import cpu_name
@@ -73,7 +73,7 @@ def work(options: argparse.Namespace) -> tuple[Study, dict]:
     """Run what is not finished, unless only a report is asked for; the study and its results."""
     for name in options.arms or ():
         arm(name)
-    settings = (*TASKS[options.task].overrides, *options.overrides)
+    settings = (*PLAIN, *TASKS[options.task].overrides, *options.overrides)
     steps = options.steps or load_config(options.config, settings).steps
     out, many = options.out / options.task, options.sft_per_seed
     study = Study(out, options.config, options.overrides, steps, many, options.threads, options.task, options.warmup)

@@ -41,25 +41,28 @@ class Arm(NamedTuple):
     oracle: bool = False  # the PRM's log-ratios are the true labels of the steps
 
 
+# What every arm adds to, whatever the config says: PRIME as published
+PLAIN = (
+    *("rollout.keep=[0.2, 0.8]", "prime.credit=published", "prime.process_weight=1", "prime.segment=token"),
+    *("prm.lr=1.0e-4", "prm.loss=response", "prm.rows=kept", "prm.passes=1"),
+)
 BASE = "rloo"
-# Written out, whatever the quickstart's config says
-PUBLISHED = ("prime.credit=published", "prime.process_weight=1")
 GATED = "prime.gate=evidence"
-ODDS = ("prime.credit=odds", "prime.process_weight=1")
+ODDS = ("prime.credit=odds",)
 PAV = ("prime.credit=pav", "prime.process_weight=2", GATED)
 STEPS = ("prime.segment=step", 'prime.separators="[,:]"')
-VLLM = (*PUBLISHED, "rollout.engine=vllm")
+VLLM = ("rollout.engine=vllm",)
 FORMS = {
-    BASE: Arm("RLOO", ("prime.credit=published", "prime.process_weight=0")),
+    BASE: Arm("RLOO", ("prime.process_weight=0",)),
     "rloo-shrunk": Arm("RLOO, shrunk baseline", ("prime.process_weight=0", "prime.credit=critic", "prime.shrink=1.5")),
-    "published": Arm("PRIME as published", PUBLISHED),
-    "critic": Arm("critic", ("prime.credit=critic", "prime.process_weight=1", GATED)),
+    "published": Arm("PRIME as published", ()),
+    "critic": Arm("critic", ("prime.credit=critic", GATED)),
     "pav": Arm("pav", PAV),
     "lookahead": Arm("lookahead", ("prime.credit=lookahead", *PAV[1:], *STEPS)),
     "odds": Arm("log-odds, gated by evidence", (*ODDS, GATED)),
     "odds-size": Arm("log-odds, gated by size", (*ODDS, "prime.gate=size")),
-    "td": Arm("TD of V, lambda 0.9", ("prime.credit=td", "prime.process_weight=1", "prime.gamma=[0.9, 1]", GATED)),
-    "frozen": Arm("PRIME, frozen PRM", (*PUBLISHED, "prime.update=none"), helper="offline"),
+    "td": Arm("TD of V, lambda 0.9", ("prime.credit=td", "prime.gamma=[0.9, 1]", GATED)),
+    "frozen": Arm("PRIME, frozen PRM", ("prime.update=none",), helper="offline"),
     # of vLLM: does it cost learning that the engine works beside the trainer, or carries groups over?
     "vllm": Arm("PRIME, vLLM", VLLM),
     "ahead": Arm("PRIME, vLLM one step ahead", (*VLLM, "rollout.ahead=1")),
@@ -89,9 +92,9 @@ OFFLINE = ("policy.lr=0", "rollout.max_rounds=1", "log.eval_every=0", "log.check
 # Runs whose policy stays what SFT made it, for their PRM alone
 HELPERS = {
     # as many steps as the online PRM gets, so that the arms differ in whose rollouts a PRM learns from, not in how many
-    "offline": Arm("PRM of the frozen arm", (*OFFLINE, *PUBLISHED)),
+    "offline": Arm("PRM of the frozen arm", OFFLINE),
     # every rollout counts, those of groups that are all right or all wrong as well
-    "warmup": Arm("warm start of the PRM", (*OFFLINE, *PUBLISHED, "rollout.keep=[0, 1]", "prm.lr=3.0e-4")),
+    "warmup": Arm("warm start of the PRM", (*OFFLINE, "rollout.keep=[0, 1]", "prm.lr=3.0e-4")),
 }
 DEFAULT_ARMS = (BASE, "published", "frozen")
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.learning.arms import HELPERS, TASKS, Task, arm
+from benchmarks.learning.arms import HELPERS, PLAIN, TASKS, Task, arm
 from prime_fast.config import Config, load_config
 from prime_fast.metrics import read_metrics
 
@@ -42,7 +42,7 @@ class Study:
     @property
     def settings(self) -> tuple[str, ...]:
         """Of every run of the task."""
-        return (*self.made.overrides, *self.overrides)
+        return (*PLAIN, *self.made.overrides, *self.overrides)
 
     def start(self, kind: str, seed: int) -> Path:
         """The folder of the task or the SFT run that `seed` starts from."""
