@@ -1,5 +1,6 @@
 """Other programs, run by tests: nothing they start can outlive its time or keep a test waiting."""
 
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a process group this one may be in
+PR_SET_PDEATHSIG = 1
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -47,7 +49,7 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def torchrun(ranks: int, *words: object, timeout: float = 240) -> subprocess.CompletedProcess:
+def torchrun(ranks: int, *words: object) -> subprocess.CompletedProcess:
     """What `torchrun --standalone --nproc-per-node RANKS WORDS` does, in less time: every rank is forked from a process
     that has imported what the trainer needs, which is most of a short run's work. torchrun itself is run by
     test_resume.py and test_vllm.py.
@@ -57,24 +59,22 @@ def torchrun(ranks: int, *words: object, timeout: float = 240) -> subprocess.Com
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent holds one
     group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     group |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    words = [str(word) for word in words]
+    words, processes = [str(word) for word in words], []
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("out", "err")]
-        processes = [
-            _forks().Process(target=_rank, args=(words, outputs, group | {"RANK": rank, "LOCAL_RANK": rank}))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
         try:
-            _all_or_none(processes, words, timeout)
+            for rank in range(ranks):
+                here = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+                process = _forks().Process(target=_rank, args=(words, outputs, environment(**here)))
+                process.start()
+                processes.append(process)
+            _wait(processes)
         finally:
             for process in processes:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-        return subprocess.CompletedProcess(
-            words, int(any(process.exitcode for process in processes)), *(path.read_text() for path in outputs)
-        )
+        failed = any(process.exitcode for process in processes)
+        return subprocess.CompletedProcess(words, int(failed), *(path.read_text() for path in outputs))
 
 
 @cache
@@ -84,11 +84,13 @@ def _forks():
     return context
 
 
-def _rank(words: list[str], outputs: list[Path], group: dict[str, object]) -> None:
+def _rank(words: list[str], outputs: list[Path], environment: dict[str, str]) -> None:
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # its parent ends with the process of the tests
     for number, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.update({name: str(value) for name, value in group.items()})
+    os.environ.clear()
+    os.environ.update(environment)
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -98,13 +100,16 @@ def _rank(words: list[str], outputs: list[Path], group: dict[str, object]) -> No
         runpy.run_path(words[0], run_name="__main__")
 
 
-def _all_or_none(processes: list, words: list[str], timeout: float) -> None:
-    """Wait for all of them; one that fails ends the others."""
-    deadline, left = time.monotonic() + timeout, set(processes)
+def _wait(processes: list, seconds: float = 480, alone: float = 10) -> None:
+    """For all of them; once one has failed the others have little time to end, too."""
+    deadline, left = time.monotonic() + seconds, set(processes)
     while left:
-        if not wait([process.sentinel for process in left], deadline - time.monotonic()):
-            raise subprocess.TimeoutExpired(words, timeout)
+        ended = wait([process.sentinel for process in left], max(0.0, deadline - time.monotonic()))
+        failed = any(process.exitcode for process in processes)
+        if not ended and not failed:
+            raise TimeoutError(f"{len(left)} of {len(processes)} ranks have not ended after {seconds:g} s")
+        if not ended:
+            return
         left = {process for process in left if process.exitcode is None}
-        if any(process.exitcode for process in processes):
-            for process in left:
-                process.terminate()
+        if failed:
+            deadline = min(deadline, time.monotonic() + alone)

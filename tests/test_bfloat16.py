@@ -81,7 +81,7 @@ def test_a_step_agrees_with_float32(ranks, engine, recompute, prm, long, tmp_pat
     if ranks == 1:
         results = bfloat16_step.both(long, overrides, device)
     else:
-        result = processes.torchrun(ranks, bfloat16_step.__file__, tmp_path / "out", long, *overrides, timeout=480)
+        result = processes.torchrun(ranks, bfloat16_step.__file__, tmp_path / "out", long, *overrides)
         assert result.returncode == 0, result.stderr[-3000:]
         results = torch.load(tmp_path / "out")
     low, exact = results["bfloat16"], results["float32"]
