@@ -1,6 +1,5 @@
 """Other programs, run by tests: nothing they start can outlive its time or keep a test waiting."""
 
-import ctypes
 import multiprocessing
 import os
 import runpy
@@ -15,7 +14,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a process group this one may be in
-PR_SET_PDEATHSIG = 1
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -86,7 +84,6 @@ def _forks():
 
 def _rank(words: list[str], outputs: list[Path], environment: dict[str, str]) -> None:
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # its parent ends with the process of the tests
     for number, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
