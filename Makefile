@@ -44,8 +44,10 @@ quickstart: $(READY)
 	$(CLI) train configs/quickstart.yaml run_dir=$(RUN)/train model.policy=$(RUN)/sft/model \
 		data.train=$(RUN)/data/train.jsonl data.eval=$(RUN)/data/eval.jsonl rollout.engine=$(ENGINE)
 
+# A worker keeps to neighbouring files, whose tests share fixtures, until it takes from another one. Three fill two cores,
+# for many tests wait. Bytecode is written whatever the shell's environment says: a hundred processes import the same.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal $(PYTEST_ARGS)
 
 # All that there is to measure on this NVIDIA machine, without a network: GPU_ARGS="--stages 1-4", --wheels, --again ...
 # Takes the environment of `make env` where there is one, else the python that has torch.

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 
 import bfloat16_step
 import processes
@@ -82,9 +81,7 @@ def test_a_step_agrees_with_float32(ranks, engine, recompute, prm, long, tmp_pat
     if ranks == 1:
         results = bfloat16_step.both(long, overrides, device)
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [bfloat16_step.__file__, str(tmp_path / "out"), str(long), *overrides]
-        result = processes.run(command, timeout=480)
+        result = processes.torchrun(ranks, bfloat16_step.__file__, tmp_path / "out", long, *overrides)
         assert result.returncode == 0, result.stderr[-3000:]
         results = torch.load(tmp_path / "out")
     low, exact = results["bfloat16"], results["float32"]

@@ -186,9 +186,8 @@ def test_two_ranks_do_the_same_as_one(case, workspace, tmp_path):
     """All weights' updates agree to 0.1% in norm: float32 sums in another order, amplified by AdamW's division."""
     overrides = ["steps=1", *RANKS[case]]
     records = run(workspace, tmp_path / "one", *overrides)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'two'}", *overrides]
-    result = processes.run(command)
+    words = ["train", workspace / "config.yaml", f"run_dir={tmp_path / 'two'}", *overrides]
+    result = processes.torchrun(2, "-m", "prime_fast", *words)
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = records[1], read_metrics(tmp_path / "two")[1]
     for key in ("outcome", "groups_kept", "groups", "rows", "response_length", "rollouts"):

@@ -21,6 +21,7 @@ CASES = [  # the largest first, losses before log-probs alone
 ROUNDS, SECONDS = 10, 4.0  # of turns at most, per case
 SECONDS_A_CASE = 15  # with what is compiled for it
 ADVANTAGES = [2**20, 2**22]  # tokens
+INDUCTOR = ("compiled chunk loop", "CCE", "Liger GRPO")  # peers that it compiles
 
 
 def run(job: Job) -> None:
@@ -40,7 +41,7 @@ def head(job: Job, op: str, name: str, tokens: int, shapes: dict) -> dict:
     cuda, rounds = job.device == "cuda", 2 if job.small else ROUNDS
     fit = [peer for peer, (ops, _) in peers.PEERS.items() if op in ops and (cuda or peer not in peers.GPU_ONLY)]
     if not cuda:  # Inductor takes longer than a rehearsal may
-        fit = [peer for peer in fit if "compiled" not in peer and "CCE" not in peer]
+        fit = [peer for peer in fit if peer not in INDUCTOR]
     rows = lm_head.measure(op, name, tokens, job.device, rounds, fit, shapes=shapes, seconds=SECONDS)
     if cuda:
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -30,6 +31,8 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 from deepspeed.utils import safe_get_local_optimizer_state  # noqa: E402
+
+gc.freeze()  # what was imported need not be walked whenever DeepSpeed collects garbage: 0.2 s for each trained engine
 
 # zero.Init else casts every floating tensor that a model's constructor makes to the training dtype, whatever dtype it
 # asks for; RoPE frequencies in bfloat16 are off by radians after a thousand tokens. transformers sets the parameters'.

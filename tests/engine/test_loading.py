@@ -1,5 +1,3 @@
-import sys
-
 import loading
 import processes
 import pytest
@@ -27,8 +25,7 @@ def test_every_parameter_and_buffer_is_that_of_from_pretrained(models, tmp_path,
 
 
 def test_on_two_ranks_as_well(models, tmp_path, workspace):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = processes.run([*command, loading.__file__, str(models), str(tmp_path), str(workspace / "model")])
+    result = processes.torchrun(2, loading.__file__, models, tmp_path, workspace / "model")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.endswith("2 ranks\n")
 

@@ -1,5 +1,3 @@
-import sys
-
 import processes
 import pytest
 import same_bits
@@ -28,8 +26,7 @@ def test_parking_changes_no_bit(models, tmp_path, device):
 
 
 def test_on_two_ranks_as_well_and_neither_does_traffic(models, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = processes.run([*command, same_bits.__file__, str(models), str(tmp_path)])
+    result = processes.torchrun(2, same_bits.__file__, models, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.endswith("2 ranks\n")
 

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 
 import processes
 import pytest
@@ -15,8 +14,7 @@ from prime_fast.metrics import read_metrics
 
 
 def torchrun(ranks: int, *words: str):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    result = processes.run([*command, *words])
+    result = processes.torchrun(ranks, *words)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -2,7 +2,6 @@ import io
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 
 import processes
@@ -279,10 +278,9 @@ def test_two_processes_share_the_problems(with_prm, workspace, tmp_path):
     (out / "greedy.jsonl").write_bytes(b"".join(greedy[:3]) + greedy[3][:20])
     (out / "greedy.1.jsonl").write_bytes(b"".join(greedy[2:6]))  # one of them twice
     (out / "greedy.2.jsonl").write_bytes(greedy[6] + greedy[7][:9])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["prime_fast", "eval", with_prm.model, "--data", *with_prm.data, "--out", str(out), "--samples", "4"]
+    command = ["eval", with_prm.model, "--data", *with_prm.data, "--out", out, "--samples", "4"]
     command += ["--max-response", "12", "--reward", with_prm.reward, "--prm", with_prm.prm, "--batch", "8"]
-    result = processes.run([*command, "--reference", with_prm.reference])
+    result = processes.torchrun(2, "-m", "prime_fast", *command, "--reference", with_prm.reference)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "13/13" not in result.stdout and "7/7" in result.stdout  # 13 greedy ones were missing: 7 and 6
     assert result.stdout.count("greedy pass@1") == 1

@@ -6,6 +6,7 @@ runs it with PRIME_KERNELS_TEST_DEVICE=cuda: both kernels themselves, on copies 
 """
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -52,8 +53,20 @@ class Emulator:
         )  # fmt: skip
 
 
+def compiled(folder: Path) -> Path:
+    """The library in this folder, made by the first process that needs it."""
+    library = folder / "simt.so"
+    with open(folder / "simt.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            include = [f"-I{HERE / 'simt'}", f"-I{HERE.parents[1] / 'csrc'}"]
+            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(library)]
+            subprocess.run(["g++", *flags, *include, str(HERE / "simt/advantage.cpp")], check=True)
+    return library
+
+
 @pytest.fixture(scope="module", autouse=True)
-def emulator(tmp_path_factory):
+def emulator(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE:
             yield None
@@ -65,13 +78,11 @@ def emulator(tmp_path_factory):
             patch.setattr(advantage_triton, "ROWS", 4)
             yield None
             return
-        library = tmp_path_factory.mktemp("simt") / "advantage.so"
-        include = [f"-I{HERE / 'simt'}", f"-I{HERE.parents[1] / 'csrc'}"]
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(library)]
         if shutil.which("g++") is None:
             pytest.skip("g++ compiles the CUDA kernel for these tests")
-        subprocess.run(["g++", *flags, *include, str(HERE / "simt/advantage.cpp")], check=True)
-        emulator = Emulator(library)
+        folder = tmp_path_factory.getbasetemp()
+        shared = folder.parent if hasattr(request.config, "workerinput") else folder  # by all workers of pytest-xdist
+        emulator = Emulator(compiled(shared))
         patch.setattr(advantage_cuda, "extension", lambda name: emulator)
         cuda = {"cuda": advantage_cuda.advantage}
         patch.setattr(advantage, "resolve", lambda op, name, x: cuda.get(name) or dispatch.resolve(op, name, x))

@@ -1,7 +1,6 @@
 """The plan of one engine against the tensors of a real one, byte by byte."""
 
 import json
-import sys
 from pathlib import Path
 
 import processes
@@ -32,12 +31,8 @@ def sizes(items):
 @pytest.fixture(scope="module", params=[1, 2])
 def held(request, workspace, tmp_path_factory):
     """(ranks, case -> bytes that a real engine holds after two steps)."""
-    command = [sys.executable, str(PROGRAM)]
-    if request.param > 1:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-        command = [sys.executable, "-m", *launcher, str(PROGRAM)]
-    arguments = [str(workspace / "model"), str(tmp_path_factory.mktemp("states")), *CASES, SUMMED_IN_BFLOAT16]
-    result = processes.run([*command, *arguments], env=processes.environment(OMP_NUM_THREADS="1"))
+    arguments = [workspace / "model", tmp_path_factory.mktemp("states"), *CASES, SUMMED_IN_BFLOAT16]
+    result = processes.torchrun(request.param, PROGRAM, *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == len(CASES) + 1

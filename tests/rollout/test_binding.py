@@ -3,7 +3,6 @@
 import heapq
 import pickle
 import random
-import sys
 from collections import Counter
 
 import processes
@@ -148,8 +147,7 @@ def test_the_groups_are_those_of_one_engine(workspace, tmp_path):
     steps = []
     for ranks, without in ((1, -1), (4, 2)):
         out = tmp_path / f"{ranks}.pickle"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        result = processes.run([*command, tmp_path / "rank.py", workspace / "config.yaml", out, str(without)])
+        result = processes.torchrun(ranks, tmp_path / "rank.py", workspace / "config.yaml", out, without)
         assert result.returncode == 0, result.stderr[-3000:]
         steps.append(pickle.loads(out.read_bytes()))
     assert [len(groups) for groups in steps[0]] == [6, 6, 6, 8]

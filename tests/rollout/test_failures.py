@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections import Counter
 
 import processes
@@ -150,10 +149,8 @@ def test_what_one_rank_finds_stops_both(workspace, tmp_path):
         (tmp_path / f"{name}.py").write_text(f"def compute_score({parameters}):\n    {body}\n")
         (tmp_path / f"{name}.jsonl").write_text("".join(hints if parameters == TRL else rows))
     (tmp_path / "two.py").write_text(TWO.format(cases=list(CASES), folder=tmp_path))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "two.py"), str(workspace / "config.yaml"), f"run_dir={tmp_path / 'run'}"]
-    command += ["rollout.prompts=40", "reward.max_failures=0.2", "prime.process_weight=0"]
-    result = processes.run(command)
+    words = [f"run_dir={tmp_path / 'run'}", "rollout.prompts=40", "reward.max_failures=0.2", "prime.process_weight=0"]
+    result = processes.torchrun(2, tmp_path / "two.py", workspace / "config.yaml", *words)
     assert result.returncode == 0, result.stderr[-2000:]
     for name, (_, _, told) in CASES.items():
         one, two = ((tmp_path / f"{name}.{rank}").read_text() for rank in (0, 1))

@@ -5,7 +5,6 @@ import signal
 import socket
 import struct
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import processes
@@ -195,9 +194,7 @@ def test_two_ranks_of_which_one_loses_its_engine(state, workspace, tmp_path):
     """The other rank goes along through every restart, and to the same end."""
     arguments = ["train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'run'}", *EVERY]
     (tmp_path / "rank.py").write_text(RANK.format(state=repr(state), arguments=arguments))
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = processes.run([*command, str(tmp_path / "rank.py")], env=processes.environment(PYTHONPATH=path))
+    result = processes.torchrun(2, tmp_path / "rank.py")
     if state is True:
         assert result.returncode == 0, result.stderr[-3000:]
         assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(9))

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -260,9 +259,8 @@ def test_training_with_groups_in_work(early, workspace, tmp_path, watched):
 
 
 def test_two_ranks_go_a_step_ahead_together(workspace, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "prime_fast", "train", workspace / "config.yaml", f"run_dir={tmp_path / 'run'}", "steps=3"]
-    result = processes.run([*map(str, command), "rollout.engine=vllm", "rollout.ahead=1", *LONG])
+    words = ["train", workspace / "config.yaml", f"run_dir={tmp_path / 'run'}", "steps=3", "rollout.engine=vllm", *LONG]
+    result = processes.torchrun(2, "-m", "prime_fast", *words, "rollout.ahead=1")
     assert result.returncode == 0, result.stderr[-3000:]
     records = read_metrics(tmp_path / "run")[1:]
     assert [(record["skipped"], record["rows"]) for record in records] == [(0, 24)] * 3
