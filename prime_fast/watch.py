@@ -37,8 +37,9 @@ class History:
 
     def add(self, record: Mapping[str, Any]) -> None:
         seen = {key: record.get(key) for key in METRICS}
-        if all(key in record for key in FAILURES):
-            seen["reward_failures"] = sum(record[key] for key in FAILURES)
+        failures = [record.get(key) for key in FAILURES]
+        if None not in failures:
+            seen["reward_failures"] = sum(failures)
         self.now = {key: float(x) for key, x in seen.items() if isinstance(x, int | float) and math.isfinite(x)}
         self.first = self.now | self.first
         for key, value in self.now.items():
@@ -216,6 +217,7 @@ METRICS = {"outcome", *(watcher.metric for watcher in WATCHERS.values())}
 
 class Change(NamedTuple):
     name: str
+    step: int
     began: bool  # or ended
     told: str
 
@@ -258,10 +260,10 @@ class Watch:
         self.streak[name] = 0
         if on:
             told = f"watch: {name} of step {self.on.pop(name)} ended in step {step}: {what} (limit {limit:g})"
-            return Change(name, False, told)
+            return Change(name, step, False, told)
         self.on[name] = step
         state = f"{what} (limit {limit:g}), the outcome {self.history.outcome:.2f}"
-        return Change(name, True, f"watch: {name} began in step {step}: {state}; {watcher.advice}")
+        return Change(name, step, True, f"watch: {name} began in step {step}: {state}; {watcher.advice}")
 
 
 def limits_of(config: Config) -> dict[str, float]:
