@@ -31,7 +31,8 @@ SMALL += ("log.eval_every=0", "log.checkpoint_every=0")
 FAILURES: dict[str, tuple[str, ...]] = {
     "policy.lr 30 times as high": ("policy.lr=3.0e-3",),
     "policy.lr 300 times as high": ("policy.lr=3.0e-2",),
-    "an entropy bonus that outweighs the reward": ("policy.entropy_coef=0.5", "rollout.max_response=120"),
+    "several epochs at policy.lr=1e-3": ("policy.lr=1.0e-3", "policy.epochs=4"),
+    "an entropy bonus of 2": ("policy.entropy_coef=2", "rollout.max_response=120"),
     "no baseline": (
         "prime.process_weight=0", "prime.estimator=reinforce", "prime.whiten=false", "rollout.keep=[0, 1]",
         "policy.lr=1.0e-3",
@@ -48,7 +49,7 @@ FAILURES: dict[str, tuple[str, ...]] = {
     "an interval that no mean lies in": ("rollout.keep=[0.3, 0.4]",),
     "a reward that is always 0": ("reward.function=benchmarks.watchers:constant", "steps=5"),
     "a reward that hangs": ("reward.function=benchmarks.watchers:hangs", "reward.timeout=0.3", "steps=5"),
-    "a step with a learning rate of its own": ("policy.warmup=0", "prm.lr=1.0e-2"),
+    "prm.lr 100 times as high": ("prm.lr=1.0e-2",),
 }  # fmt: skip
 
 

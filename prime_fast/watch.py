@@ -20,6 +20,7 @@ WINDOW = 20  # steps that a mean, or a median of gradient norms, is of
 CALM = 3  # steps in a row on the right side that end an alarm
 LEVEL = 3  # steps whose median is the outcome as it stands
 SOLVED = 0.9  # mean outcome from which on certainty is what was wanted
+GAIN = 0.05  # above the outcome of the first step: more than noise
 LOST = 0.8  # of the best level so far: an outcome below that has fallen
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 NARROWEST = 0.2  # standard deviation of a norm's logarithm: where norms hardly differ, a small step up is no spike
@@ -67,6 +68,14 @@ def over_start(history: History, key: str) -> tuple[float, str] | None:
     return value / start, f"{key} is {value:.3g}, {value / start:.2g} times the {start:.3g} at the start"
 
 
+def over_best(history: History, key: str) -> tuple[float, str] | None:
+    """Of the outcome, which alone has a best."""
+    if key not in history.now or not history.best:
+        return None
+    share = history.outcome / history.best
+    return share, f"{key} is {history.outcome:.3g}, {share:.2g} times its best, {history.best:.3g}"
+
+
 def mean(history: History, key: str) -> tuple[float, str] | None:
     recent = history.recent.get(key, [])
     if key not in history.now or len(recent) < WINDOW:
@@ -97,7 +106,7 @@ def solves(history: History) -> bool:
 
 def rewarded(history: History) -> bool:
     """The policy has become another one, and a better one."""
-    return history.outcome > max(history.first.get("outcome", 0.0), LOST * history.best)
+    return history.outcome > max(history.first.get("outcome", 0.0) + GAIN, LOST * history.best)
 
 
 def has_learnt(history: History) -> bool:
@@ -119,6 +128,11 @@ class Watcher(NamedTuple):
 
 
 WATCHERS = {
+    "outcome_fall": Watcher(
+        "outcome", over_best, "at most", 0.5,
+        "the policy has unlearnt what it could; go back to a checkpoint of before and lower policy.lr, or set "
+        "policy.kl_coef=0.001",
+    ),
     "entropy_collapse": Watcher(
         "entropy", over_start, "at most", 0.1,
         "the policy stops exploring before it solves the task, mostly for a policy.lr that is too high; lower it, "
@@ -188,8 +202,8 @@ WATCHERS = {
     ),
     "reward_constant": Watcher(
         "outcome_std", now, "at most", 0.0,
-        "every response gets the same outcome, from which nothing is learnt; compare samples.jsonl with the rows' "
-        "answers, then mend reward.function or give other rows",
+        "every response gets the same outcome, from which nothing is learnt; if it was never otherwise, compare "
+        "samples.jsonl with the rows' answers, then mend reward.function or give other rows",
         has_learnt,
         steps=2,
     ),
@@ -212,7 +226,7 @@ WATCHERS = {
         steps=1,
     ),
 }  # fmt: skip
-METRICS = {"outcome", *(watcher.metric for watcher in WATCHERS.values())}
+METRICS = {watcher.metric for watcher in WATCHERS.values()}
 
 
 class Change(NamedTuple):
