@@ -25,7 +25,7 @@ from prime_fast.metrics import read_metrics
 from prime_fast.watch import limits_of, replay
 
 CONFIG = "configs/quickstart.yaml"
-HEALTHY = ("rloo", "published", "odds-size+step+keen")
+HEALTHY = ("rloo", "published", "odds-size+step+keen+x4")
 SMALL = ("steps=30", "rollout.prompts=16", "policy.mini_batch=32", "prm.mini_batch=32", "rollout.patience=0")
 SMALL += ("log.eval_every=0", "log.checkpoint_every=0")
 FAILURES: dict[str, tuple[str, ...]] = {

@@ -24,6 +24,7 @@ GAIN = 0.05  # above the outcome of the first step: more than noise
 LOST = 0.8  # of the best level so far: an outcome below that has fallen
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 NARROWEST = 0.2  # standard deviation of a norm's logarithm: where norms hardly differ, a small step up is no spike
+EARNS = 0.1  # share of the outcomes' variance that a PRM explains which may weigh more than they do
 FAILURES = ("reward_errors", "reward_timeouts", "reward_crashes")
 
 
@@ -112,6 +113,10 @@ def rewarded(history: History) -> bool:
 def has_learnt(history: History) -> bool:
     """Nothing is left to tell the responses to a prompt apart by, but there was."""
     return solves(history) and history.first.get("outcome", 0.0) < SOLVED
+
+
+def explains(history: History) -> bool:
+    return fmean(history.recent.get("prm_explained_75", [0.0])) >= EARNS
 
 
 class Watcher(NamedTuple):
@@ -221,8 +226,9 @@ WATCHERS = {
     ),
     "process_dominates": Watcher(
         "process_over_outcome", mean, "above", 2.0,
-        "the process reward drowns the outcomes, and an error of the PRM drives the policy; lower "
-        "prime.process_weight, or take a prime.credit that is calibrated",
+        "the process reward drowns the outcomes though the PRM explains little of them; lower prime.process_weight, or "
+        "take a prime.credit that is calibrated",
+        explains,
         steps=1,
     ),
 }  # fmt: skip

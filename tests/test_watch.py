@@ -18,7 +18,7 @@ LIMITS = {name: watcher.limit for name, watcher in WATCHERS.items()}
 NORMAL = {
     "outcome": 0.4, "outcome_std": 0.49, "entropy": 0.4, "response_length": 300.0, "truncated": 0.02,
     "approx_kl": 0.001, "reference_kl": 0.05, "mismatch_kl": 0.001, "prm_pair_accuracy": 0.65,
-    "prm_explained_75": 0.1, "groups_kept": 0.5, "reward_errors": 0.0, "reward_timeouts": 0.01, "reward_crashes": 0.0,
+    "prm_explained_75": 0.05, "groups_kept": 0.5, "reward_errors": 0.0, "reward_timeouts": 0.01, "reward_crashes": 0.0,
     "policy_grad_norm": 0.3, "prm_grad_norm": 2.0, "process_over_outcome": 0.4,
 }  # fmt: skip
 WRONG = {  # what a record has when it goes wrong, and what excuses the same
@@ -38,7 +38,7 @@ WRONG = {  # what a record has when it goes wrong, and what excuses the same
     "reward_constant": ({"outcome_std": 0.0}, {"outcome": 0.95}),
     "policy_grad_spike": ({"policy_grad_norm": 9.0}, None),
     "prm_grad_spike": ({"prm_grad_norm": 60.0}, None),
-    "process_dominates": ({"process_over_outcome": 6.0}, None),
+    "process_dominates": ({"process_over_outcome": 6.0}, {"prm_explained_75": 0.3}),
 }
 
 
@@ -157,7 +157,7 @@ def test_what_means_nothing_in_a_run_is_not_watched(configure):
     ("words", "told"),
     [
         (["watch.limits={entropy_colapse: 1}"], "did you mean entropy_collapse?"),
-        (["watch.stop=[x]"], "give one of entropy_collapse"),
+        (["watch.stop=[x]"], "give one of outcome_fall"),
         (["watch.limits={truncation: true}"], "a number is wanted"),
         (["watch.limits={truncation: null}", "watch.stop=[truncation]"], "leave it out of one of them"),
     ],
@@ -168,17 +168,16 @@ def test_mistakes(configure, words, told):
 
 
 def test_a_real_run_tells_once_stops_and_goes_on(workspace, tmp_path, capsys):
-    """A learning rate 300 times too high: told, stopped with a checkpoint; resumed, nothing is told again."""
-    arguments = ["train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'run'}", "policy.lr=0.3"]
-    arguments += ["rollout.keep=[0, 1]", "steps=5", "log.eval_every=0", "prime.process_weight=0"]
-    assert main([*arguments, "watch.stop=[policy_kl]"]) == 1
+    """A reward that is always 0: told, stopped with a checkpoint; resumed, nothing is told again."""
+    (tmp_path / "reward.py").write_text("def compute_score(data_source, solution_str, ground_truth):\n    return 0.0\n")
+    arguments = ["train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'run'}", "rollout.keep=[0, 1]"]
+    arguments += [f"reward.function={tmp_path / 'reward.py'}:compute_score", "steps=3", "log.eval_every=0"]
+    assert main([*arguments, "watch.stop=[mismatch, reward_constant]"]) == 1
     printed = capsys.readouterr()
-    records = read_metrics(tmp_path / "run")
-    last = records[-1]["step"]
-    assert f"watch: policy_kl began in step {last}: approx_kl is" in printed.out and records[-1]["watch/policy_kl"] == 1
+    assert printed.out.count("watch: reward_constant began in step 2: outcome_std is 0 (limit 0)") == 1
     (error,) = [line for line in printed.err.splitlines() if line.startswith("prime-fast: ")]
-    assert f"stopped after step {last} by policy_kl, which watch.stop names; continue from" in error
-    assert checkpoint.latest(tmp_path / "run").name == f"step-{last:06d}" and last < 5
+    assert "stopped after step 2 by reward_constant, which watch.stop names; continue from" in error
+    assert checkpoint.latest(tmp_path / "run").name == "step-000002"
     assert main([*arguments, "--resume"]) == 0
-    assert "policy_kl began" not in capsys.readouterr().out
-    assert read_metrics(tmp_path / "run")[last + 1]["watch/policy_kl"] == 1
+    assert "reward_constant" not in capsys.readouterr().out
+    assert [r.get("watch/reward_constant") for r in read_metrics(tmp_path / "run")] == [None, 1, 1]

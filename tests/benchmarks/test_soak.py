@@ -25,7 +25,8 @@ def test_what_grows_is_told_from_what_is_flat():
     assert trend(steps, np.full(80, 7.0)) | {"low": 0.0, "high": 0.0, "flat": True} == trend(steps, np.full(80, 7.0))
 
 
-def test_the_sampler_sees_what_is_held(tmp_path):
+def test_the_sampler_sees_what_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     sampler = Sampler()
     before = sampler()
     held = np.ones(8 << 20, np.uint8)  # pages that were written to
@@ -38,6 +39,7 @@ def test_the_sampler_sees_what_is_held(tmp_path):
     assert after["memory of the trainer"] - before["memory of the trainer"] == pytest.approx(len(held) / 2**20, abs=2)
     assert after["processes"] == before["processes"] + 1 and after["threads"] >= before["threads"] + 1
     assert after["file descriptors"] >= before["file descriptors"] + 2
+    assert (before["temporary files"], after["temporary files"]) == (0, 1)
 
 
 def test_seconds_are_of_the_steps_between():
