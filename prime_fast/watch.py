@@ -97,10 +97,6 @@ def deviations(history: History, key: str) -> tuple[float, str] | None:
     return found, f"{key} is {value:.3g} after a median of {usual:.3g}, {found:.3g} robust deviations of its logarithm"
 
 
-def never(history: History) -> bool:
-    return False
-
-
 def solves(history: History) -> bool:
     return history.outcome >= SOLVED
 
@@ -125,7 +121,7 @@ class Watcher(NamedTuple):
     side: str  # on which side of the limit it is wrong: "above", or "at most"
     limit: float  # watch.limits takes another
     advice: str  # the likely cause, and the fix
-    excuse: Callable[[History], bool] = never
+    excuse: Callable[[History], bool] | None = None
     steps: int = 3  # in a row, before it begins
 
     def wrong(self, value: float, limit: float) -> bool:
@@ -273,7 +269,7 @@ class Watch:
         if measured is None:
             return None
         value, what = measured
-        wrong = watcher.wrong(value, limit) and not watcher.excuse(self.history)
+        wrong = watcher.wrong(value, limit) and not (watcher.excuse and watcher.excuse(self.history))
         self.streak[name] = self.streak.get(name, 0) + 1 if wrong != on else 0
         if self.streak[name] < (CALM if on else watcher.steps):
             return None

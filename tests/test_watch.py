@@ -181,3 +181,13 @@ def test_a_real_run_tells_once_stops_and_goes_on(workspace, tmp_path, capsys):
     assert main([*arguments, "--resume"]) == 0
     assert "reward_constant" not in capsys.readouterr().out
     assert [r.get("watch/reward_constant") for r in read_metrics(tmp_path / "run")] == [None, 1, 1]
+
+
+def test_a_step_that_is_made_anew_is_looked_at_anew(workspace, tmp_path, capsys):
+    """rollout.patience ends the run in a step that changed nothing, which --resume repeats."""
+    arguments = ["train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'run'}", "rollout.keep=[0.3, 0.4]"]
+    arguments += ["rollout.max_rounds=1", "steps=3", "log.eval_every=0", "prime.process_weight=0"]
+    for ways, code in ((["rollout.patience=3"], 1), (["rollout.patience=0", "--resume"], 0)):
+        assert main([*arguments, *ways]) == code
+        assert capsys.readouterr().out.count("watch: few_groups began in step 3: groups_kept is 0 (limit 0.05)") == 1
+    assert [r.get("watch/few_groups") for r in read_metrics(tmp_path / "run")] == [None, None, 1]
