@@ -25,7 +25,7 @@ from prime_fast.metrics import read_metrics
 from prime_fast.watch import limits_of, replay
 
 CONFIG = "configs/quickstart.yaml"
-HEALTHY = ("rloo", "published", "odds-size+step+keen+x4")
+HEALTHY = (("rloo", 0), ("rloo", 1), ("published", 0), ("odds-size+step+keen+x4", 0), ("odds-size+step+keen+x4", 1))
 SMALL = ("steps=25", "rollout.prompts=16", "policy.mini_batch=32", "prm.mini_batch=32", "rollout.patience=0")
 SMALL += ("log.eval_every=0", "log.checkpoint_every=0")
 FAILURES: dict[str, tuple[str, ...]] = {
@@ -98,16 +98,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="as of benchmarks.learning")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--failures", nargs="+", choices=FAILURES, default=list(FAILURES))
-    parser.add_argument("--healthy", nargs="*", choices=HEALTHY, default=list(HEALTHY))
+    parser.add_argument("--report", action="store_true", help="run nothing, take what is finished")
     parser.add_argument("--result", type=Path, default=results("cpu") / "watchers.json")
     arguments = parser.parse_args()
-    study = learning.Study(arguments.out / "chain6", CONFIG, (), load_config(CONFIG).steps, threads=1)
+    study = learning.Study(arguments.out / "chain6", CONFIG, (), load_config(CONFIG).steps, True, threads=1)
     study.out.mkdir(parents=True, exist_ok=True)
-    learning.prepare(study, 0)
-    learning.in_parallel(learning.train, arguments.jobs, [(study, name, 0) for name in arguments.healthy])
-    learning.in_parallel(fail, arguments.jobs, [(study, name) for name in arguments.failures])
-    found = {f"healthy: {name}": told(study.run(name, 0)) for name in arguments.healthy}
-    found |= {name: {"settings": FAILURES[name]} | told(folder(study, name)) for name in arguments.failures}
+    failures = arguments.failures
+    if arguments.report:
+        failures = [name for name in failures if (folder(study, name) / "ended").is_file()]
+    else:
+        learning.in_parallel(learning.prepare, arguments.jobs, [(study, seed) for seed in {s for _, s in HEALTHY}])
+        learning.in_parallel(learning.train, arguments.jobs, [(study, *healthy) for healthy in HEALTHY])
+        learning.in_parallel(fail, arguments.jobs, [(study, name) for name in failures])
+    found = {f"healthy: {name}, seed {seed}": told(study.run(name, seed)) for name, seed in HEALTHY}
+    found |= {name: {"settings": FAILURES[name]} | told(folder(study, name)) for name in failures}
     machine = {"device": cpu_name(), "cores": os.cpu_count()}
     arguments.result.write_text(json.dumps({"machine": machine, "base": SMALL, "runs": found}, indent=1) + "\n")
     print(table(found))

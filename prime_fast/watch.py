@@ -20,6 +20,7 @@ WINDOW = 20  # steps that a mean, or a median of gradient norms, is of
 CALM = 3  # steps in a row on the right side that end an alarm
 LEVEL = 3  # steps whose median is the outcome as it stands
 SOLVED = 0.9  # mean outcome from which on certainty is what was wanted
+LEFT = 0.3  # share of the first step's failures: with fewer left, entropy is low because the task is nearly solved
 GAIN = 0.05  # above the outcome of the first step: more than noise
 LOST = 0.8  # of the best level so far: an outcome below that has fallen
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
@@ -98,7 +99,7 @@ def deviations(history: History, key: str) -> tuple[float, str] | None:
 
 
 def solves(history: History) -> bool:
-    return history.outcome >= SOLVED
+    return 1 - history.outcome <= max(1 - SOLVED, LEFT * (1 - history.first.get("outcome", 0.0)))
 
 
 def rewarded(history: History) -> bool:

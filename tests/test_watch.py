@@ -102,6 +102,13 @@ def test_a_run_that_learns_is_left_alone():
     assert all(run["began"] for run in fails)
 
 
+def test_entropy_may_fall_as_failures_do():
+    """As in addition: from an outcome of 0.13 to one of 0.86."""
+    assert not replay(records(3, outcome=0.13) + records(9, 4, outcome=0.86, entropy=0.03), LIMITS)
+    (change,) = replay(records(3, outcome=0.13) + records(9, 4, outcome=0.6, entropy=0.03), LIMITS)
+    assert change.name == "entropy_collapse"
+
+
 def test_an_outcome_that_falls_excuses_nothing():
     run = records(5) + records(9, 6, outcome=0.9) + records(9, 15, outcome=0.6, entropy=2.0)
     (change,) = replay(run, LIMITS)
