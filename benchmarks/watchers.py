@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ FAILURES: dict[str, tuple[str, ...]] = {
     "a process weight of 20": ("prime.process_weight=20",),
     "an interval that no mean lies in": ("rollout.keep=[0.3, 0.4]", "steps=8"),
     "a reward that is always 0": ("reward.function=benchmarks.watchers:constant", "steps=5"),
-    "a reward that hangs": ("reward.function=benchmarks.watchers:hangs", "reward.timeout=0.3", "steps=5"),
+    "a reward that hangs": ("reward.function=benchmarks.watchers:hangs", "reward.timeout=2", "steps=3"),
     "prm.lr 100 times as high": ("prm.lr=1.0e-2",),
 }  # fmt: skip
 
@@ -65,6 +66,7 @@ def fail(study: learning.Study, name: str) -> None:
     run, start = folder(study, name), study.start("task", 0)
     if (run / "ended").is_file():
         return
+    shutil.rmtree(run, ignore_errors=True)
     settings = [f"data.train={start / 'train.jsonl'}", f"data.eval={start / 'eval.jsonl'}", *SMALL, *FAILURES[name]]
     settings += [f"model.policy={study.start('sft', 0) / 'model'}", f"run_dir={run}"]
     command = [sys.executable, "-m", "prime_fast", "train", CONFIG, *(text.format(task=start) for text in settings)]
