@@ -43,7 +43,7 @@ FAILURES: dict[str, tuple[str, ...]] = {
     "an untrained PRM, trusted": (
         "prime.credit=critic", "prime.gate=none", "prime.update=none", "model.prm={task}/model",
     ),
-    "a process weight of 20": ("prime.process_weight=20",),
+    "a process weight of 20": ("prime.process_weight=20", "steps=22"),
     "an interval that no mean lies in": ("rollout.keep=[0.3, 0.4]", "steps=8"),
     "a reward that is always 0": ("reward.function=benchmarks.watchers:constant", "steps=5"),
     "a reward that hangs": ("reward.function=benchmarks.watchers:hangs", "reward.timeout=2", "steps=3"),
