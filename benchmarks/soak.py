@@ -43,7 +43,7 @@ SPAN, GROWTH = 2000, 0.01  # steps, and the share of the mean by which what is f
 ROWS, PROGRAMS, STUCK = 64, (0, 32), (16,)  # rows of an epoch, those that run a program, and those that hang
 PROGRAM = "```python\nprint(int(input()) + 1)\n```"
 TESTS = {"inputs": ["1\n"], "outputs": ["2\n"]}
-TIMEOUT = 5.0  # seconds a reward may take
+TIMEOUT = 10.0  # seconds a reward, and the start of its worker, may take
 UNITS = {
     "memory": "MiB",
     "memory of the trainer": "MiB",
