@@ -16,6 +16,7 @@ from prime_fast.values import (
     Answer,
     Arguments,
     Discount,
+    Limits,
     Name,
     NotNegative,
     Number,
@@ -27,6 +28,7 @@ from prime_fast.values import (
     Share,
     Tokens,
     VllmArguments,
+    Watched,
     check_name,
     describe,
     key_of,
@@ -192,6 +194,13 @@ class EngineConfig(Section):
     park: bool = True  # optimizer states wait in host memory while a vLLM on the same GPU decodes
 
 
+class WatchConfig(Section):
+    """What is told when it goes wrong: docs/watching.md names the watchers."""
+
+    limits: Limits = {}  # {watcher: number} in the place of its default; null turns it off
+    stop: list[Watched] = []  # watchers that end the run when they begin
+
+
 class LogConfig(Section):
     eval_every: NotNegative = 10  # steps; 0 = never
     checkpoint_every: NotNegative = 50  # steps; 0 = only at the end
@@ -212,6 +221,7 @@ class Config(Section):
     prm: PrmConfig = PrmConfig()
     sft: SftConfig = SftConfig()
     engine: EngineConfig = EngineConfig()
+    watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
 
     @property
@@ -266,6 +276,9 @@ class Config(Section):
                 f"rollout.max_response = {longest} tokens; raise engine.micro_tokens"
             )
         _check_credit(self)
+        for name in self.watch.stop:
+            if self.watch.limits.get(name, 0.0) is None:
+                raise ValueError(f"watch.stop names {name}, which watch.limits turns off; leave it out of one of them")
         low, high = self.rollout.keep
         if low > high:
             raise ValueError(f"rollout.keep={[low, high]} must satisfy 0 <= low <= high <= 1")

@@ -16,7 +16,7 @@ from prime_fast.engine.checkpoint import IDENTITY, latest, read
 from prime_fast.identity import Identity
 
 # Keys and sections that may differ; with --accept, those of the accepted parts too.
-FREE = {"steps", "run_dir", "log", "engine", "sft.steps", "reward.max_failures", "rollout.patience"}
+FREE = {"steps", "run_dir", "log", "engine", "watch", "sft.steps", "reward.max_failures", "rollout.patience"}
 ACCEPTS = {
     "data": {"data", "sft.data", "sft.eval", "sft.response"},
     "models": {"model.policy", "model.prm", "model.reference"},

@@ -28,6 +28,7 @@ from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
 from prime_fast.schedule import learning_rate
 from prime_fast.stream import Passes, Scored, Stream
+from prime_fast.watch import Watch, limits_of
 
 MAX_FAILED = 3  # steps in a row whose update came to nothing before the run stops
 MAX_REWARD_WORKERS = 16  # on each rank
@@ -45,6 +46,7 @@ class Trainer:
         self.phases = Phases()
         self.credit = Credit(config.prime, inputs.tokenizer)
         self.step_labels = step_labels.load(config.prime.step_labels) if config.prime.step_labels else None
+        self.watch = Watch(limits_of(config))
         self.policy = self._engine("policy", config.model.policy, config.policy)
         self.prm = self.reference = None
         if config.uses_prm:
@@ -91,7 +93,8 @@ class Trainer:
             try:
                 with self.profile(step, self.phases):
                     self.step(step)
-                ending = self._ending()
+                stopped_by = self._watch()
+                ending = None if stopped_by else self._ending()
                 last = step == config.steps or ending is not None
                 if evaluates and (step % config.log.eval_every == 0 or last):
                     self.record |= self._evaluate(step)
@@ -102,8 +105,10 @@ class Trainer:
             if step == first_step and log is not None:
                 for sentence in measured.beyond(self.record):
                     print(sentence, flush=True)
-            if last or (config.log.checkpoint_every and step % config.log.checkpoint_every == 0):
+            if last or stopped_by or (config.log.checkpoint_every and step % config.log.checkpoint_every == 0):
                 self.save(step)
+            if stopped_by:
+                raise distributed.Stop(f"stopped after step {step} by {stopped_by}, which watch.stop names")
             if ending is not None:
                 if log is not None:
                     print(ending, flush=True)
@@ -227,6 +232,19 @@ class Trainer:
         self.counts["skipped"] += skip_reason is not None
         self.record |= {"skipped": self.counts["skipped"]} | ({"skip_reason": skip_reason} if skip_reason else {})
 
+    def _watch(self) -> str | None:
+        """Tell what goes wrong from this step on, or no more; the watcher that ends the run, if one does.
+
+        Rank 0 looks and decides for all.
+        """
+        changes = self.watch.look(self.record) if distributed.rank() == 0 else []
+        for change in changes:
+            say(change.told)
+        stop = self.config.watch.stop
+        if not stop:
+            return None
+        return distributed.gather_lists([next((c.name for c in changes if c.began and c.name in stop), None)])[0]
+
     def _ending(self) -> str | None:
         """Why the run ends before its last step: what it learns from has come to an end.
 
@@ -254,6 +272,7 @@ class Trainer:
         else:
             self.collector.load_state_dict(before["collector"])
             self.credit.load_state_dict(before["credit"])
+            self.watch.load_state_dict(before["watch"])
             self.counts = before["counts"]
         done = step if self.moved else step - 1
         newest = checkpoint.latest(Path(self.config.run_dir))
@@ -279,6 +298,8 @@ class Trainer:
         self.collector.load_state_dict(state["collector"], renewed)
         if "credit" in state:  # checkpoints of before it have none
             self.credit.load_state_dict(state["credit"])
+        if "watch" in state and not {"data", "reward"} & set(renewed):  # other rows have other lengths and outcomes
+            self.watch.load_state_dict(state["watch"])
         self.counts = state["counts"]
         if {"data", "reward"} & set(renewed):
             self.counts["empty_in_a_row"] = 0
@@ -313,7 +334,8 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         loop = {"collector": self.collector.state_dict(), "counts": dict(self.counts)}
-        return loop | {"credit": self.credit.state_dict(), "identity": self.inputs.identity}
+        loop |= {"credit": self.credit.state_dict(), "watch": self.watch.state_dict()}
+        return loop | {"identity": self.inputs.identity}
 
     def _stream(self, step: int, groups: int, waves: bool = False) -> Stream:
         """The reference's and the PRM's passes over so many groups to come.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import reprlib
@@ -9,6 +10,8 @@ from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, ValidationError
+
+from prime_fast.watch import WATCHERS
 
 LARGEST = (1 << 31) - 1  # of a count
 DAY = 86400.0  # seconds
@@ -91,6 +94,15 @@ def _answer(template: str) -> str:
     return template
 
 
+def _watched(name: str) -> str:
+    if name in WATCHERS:
+        return name
+    near = difflib.get_close_matches(name, WATCHERS, 1, 0.5)
+    raise ValueError(
+        f"no watcher has this name; did you mean {near[0]}?" if near else f"give one of {', '.join(WATCHERS)}"
+    )
+
+
 Number = BeforeValidator(_no_bool)
 NotNegative = Annotated[int, Number, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Number, Field(gt=0, le=LARGEST)]
@@ -105,6 +117,8 @@ Tokens = Annotated[
 Separators = Annotated[str | list[int], BeforeValidator(_separators)]
 Recompute = Annotated[int | str, BeforeValidator(_recompute)]
 Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain)]
+Watched = Annotated[str, AfterValidator(_watched)]
+Limits = dict[Watched, Annotated[float, Number, Field(allow_inf_nan=False)] | None]
 Answer = Annotated[str, AfterValidator(_answer)]
 
 

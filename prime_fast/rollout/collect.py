@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from statistics import pstdev
 from typing import Any, Protocol
 
 import torch
@@ -266,6 +267,7 @@ class Collector:
         return {
             "rollouts": self.turn * self.config.samples,
             "outcome": sum(outcomes) / len(outcomes),
+            "outcome_std": pstdev(outcomes),
             "groups_kept": passed / len(groups),
             "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
             "truncated": sum(sample.truncated for sample in samples) / len(samples),

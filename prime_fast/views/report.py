@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from rich.table import Table
 
 from prime_fast.metrics import read_metrics
+from prime_fast.watch import WATCHERS
 
 # Okabe-Ito for runs and Paul Tol's "muted" for phases: both stay distinct under the common colour-vision deficiencies
 RUN_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -31,6 +32,7 @@ PHASE_COLORS = {
     "checkpoint": "#AA4499",
 }
 OTHER_COLOR = "#BBBBBB"
+ALARM_COLOR = "#CC3311"
 INK = "#444444"
 STYLE = {
     "axes.spines.top": False,
@@ -193,6 +195,8 @@ def _draw_panel(axes: Axes, runs: Runs, panel: Panel, x: str = "step") -> None:
             marker = "o" if panel.exact or len(xs) == 1 else None
             label = name if style == "-" else None
             axes.plot(xs, _running_mean(ys, window), style, color=color, marker=marker, markersize=4, label=label)
+        for step in _alarms(records, panel.keys) if x == "step" else ():
+            axes.axvspan(step - 0.5, step + 0.5, color=ALARM_COLOR, alpha=0.15, linewidth=0)
     axes.set_title(panel.title)
     axes.set_xlabel(x)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -214,6 +218,12 @@ def _draw_panel(axes: Axes, runs: Runs, panel: Panel, x: str = "step") -> None:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[-2:], labels[-2:], ncols=2, loc="upper right", **TIGHT | {"handlelength": 2})
         axes.set_ylim(top=2 * axes.get_ylim()[1])
+
+
+def _alarms(records: list[dict], keys: tuple[str, ...]) -> list[int]:
+    """The steps in which a watcher of one of these metrics was on."""
+    names = [f"watch/{name}" for name, watcher in WATCHERS.items() if watcher.metric in keys]
+    return [record["step"] for record in records if any(record.get(name) for name in names)]
 
 
 def _draw_phases(axes: Axes, runs: Runs) -> None:
@@ -256,7 +266,9 @@ def _headline(figure: Figure, large: Axes, runs: Runs, key: str) -> None:
         ((name, text),) = texts.items()
         title = f"{name}   {key.removesuffix(' *')} {text}" if text else name
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, weight="bold")
-    figure.supxlabel("thin: every step    thick: running mean", x=0.99, ha="right", fontsize=8)
+    alarm = any(key.startswith("watch/") for records in runs.values() for record in records for key in record)
+    legend = "thin: every step    thick: running mean" + "    shaded: a watcher's alarm" * alarm
+    figure.supxlabel(legend, x=0.99, ha="right", fontsize=8)
 
 
 def _results(records: list[dict]) -> dict[str, str]:

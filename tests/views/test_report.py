@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from prime_fast.metrics import MetricsLog
-from prime_fast.views.report import PANELS, phase_seconds, report, series, summary_table
+from prime_fast.views.report import PANELS, _alarms, phase_seconds, report, series, summary_table
 
 
 def train_records(steps=10, prm=True):
@@ -132,3 +132,14 @@ def test_series_and_phase_totals():
     assert series(records, "eval_accuracy", "rollouts") == ([0, 1280, 2560], [0.25, 0.5, 0.75])
     assert len(series(records, "prm_pair_accuracy")[0]) == 9
     assert phase_seconds(records) == {"generate": 10.0, "prm": 2.5, "policy": 5.0, "eval": 1.0}
+
+
+def test_alarms_shade_the_curves_of_their_metric(tmp_path):
+    records = train_records()
+    calm = matplotlib.image.imread(report([make_run(tmp_path / "calm", records)]))
+    for record in records[4:7]:
+        record["watch/entropy_collapse"] = 1
+    assert _alarms(records, ("entropy",)) == [4, 5, 6] and not _alarms(records, ("outcome", "truncated"))
+    shaded = matplotlib.image.imread(report([make_run(tmp_path / "alarm", records)]))
+    reddish = (shaded[..., 0] > 0.9) & (shaded[..., 1] < 0.9) & (shaded[..., 1] > 0.7) & (shaded[..., 2] < 0.9)
+    assert reddish.sum() > 1000 + ((calm[..., 0] > 0.9) & (calm[..., 1] < 0.9) & (calm[..., 1] > 0.7)).sum()
