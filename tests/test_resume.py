@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prime_fast import identity
+from prime_fast import durable, identity
 from prime_fast.cli import main
 from prime_fast.data.models import load_tokenizer
-from prime_fast.engine import checkpoint
+from prime_fast.durable import Written
+from prime_fast.engine import checkpoint, manifest
 from prime_fast.metrics import read_metrics
 
 REWARD = """
@@ -86,6 +87,15 @@ def older_package(folder):
     known = json.loads(path.read_text())
     known["packages"]["torch"] = "2.4.0"
     path.write_text(json.dumps(known))
+    seal_anew(path.parents[1])
+
+
+def seal_anew(directory):
+    """As if it had been written so."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    files.pop(manifest.MANIFEST)
+    made = {name: Written(path.stat().st_size, durable.sha256(path)) for name, path in files.items()}
+    manifest.seal(directory, made, manifest.score(directory))
 
 
 CHANGES = {  # what is done, the part to accept, what is told
@@ -166,6 +176,7 @@ def test_groups_scored_by_another_reward_do_not_train(moved):
 
 def test_a_checkpoint_that_does_not_say_is_accepted_as_a_whole(moved, capsys):
     os.remove(checkpoint.latest(moved / "run") / "state/identity.json")
+    seal_anew(checkpoint.latest(moved / "run"))
     assert train(moved, "steps=2", "--resume") == 2  # a path is all there is to go by
     assert "model.policy was" in capsys.readouterr().err
     everything = "data,models,tokenizer,reward,packages"
