@@ -28,8 +28,8 @@ class HostCopies:
     """Copies of tensors in host memory, in buffers that are kept for the next time: fresh pages take longer than the
     copy."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.pinned, self.buffers = device.type == "cuda", {}
+    def __init__(self, pinned: bool) -> None:
+        self.pinned, self.buffers = pinned, {}
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.buffers:

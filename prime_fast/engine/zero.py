@@ -22,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
+from prime_fast.data.models import source
 from prime_fast.engine import distributed, layers, recompute, shards, ulysses
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
@@ -111,7 +112,8 @@ class Engine:
         self.deepspeed = deepspeed.initialize(model=module, optimizer=adam, config=settings)[0]
         self.deepspeed.train(self.trains)
         self.parking = Parking(self.deepspeed.optimizer, self.device) if self.trains else None
-        self.copies = shards.HostCopies(self.device)
+        self.copies = shards.HostCopies(pinned=self.device.type == "cuda")  # of the states
+        self.whole = shards.HostCopies(pinned=False)  # which would take up to twice the room, parameter by parameter
         self.papers: dict[str, Content] | None = None
 
     @property
@@ -175,7 +177,7 @@ class Engine:
         state = {}
         for name, tensor in self.weights():
             if here:
-                state[name] = self.copies(f"parameter {name}", tensor)
+                state[name] = self.whole(name, tensor)
         if not here:
             return {}
         state = revert_weight_conversion(self.lm, state | self._buffers())
@@ -237,7 +239,7 @@ def load_sharded(path: str, dtype: torch.dtype, settings: dict) -> PreTrainedMod
     """Load a checkpoint with every parameter partitioned over the ranks as it arrives."""
     zero3 = HfDeepSpeedConfig(settings)  # transformers partitions on load for as long as this object lives
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(**source(path), use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a causal LM from {path!r}: {' '.join(str(error).split())[:300]}") from error
     finally:
