@@ -264,7 +264,7 @@ def _check_arguments(options: dict[str, Any]) -> None:
     for name in options:
         if name in FIXED or name == "revision":
             raise ValueError(
-                f"rollout.vllm.{name} is not to be set: weights are read as safetensors, no code of a model is run, and "
+                f"rollout.vllm.{name} cannot be set: weights are read as safetensors, no code of a model is run, and "
                 "model.policy=org/name@revision names the revision; take it out"
             )
         if name not in known:
