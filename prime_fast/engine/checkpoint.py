@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -75,10 +73,10 @@ def forget_scores(run_dir: Path) -> None:
 
 
 def find(path: Path, part: str) -> Path | None:
-    """The folder `part` of the checkpoint that RUN_DIR (its newest), RUN_DIR/checkpoints/best or .../latest means; None
-    for other paths. Raises ValueError if it is damaged."""
+    """The folder `part` of the checkpoint that a path is, or that RUN_DIR (its newest), RUN_DIR/checkpoints/best or
+    .../latest means; None for other paths. Raises ValueError if it is damaged."""
     pointer = path.name in (BEST, LATEST) and path.is_file()
-    found = named_by(path) if pointer else latest(path)
+    found = named_by(path) if pointer else path if (path / manifest.MANIFEST).is_file() else latest(path)
     if found is None and pointer:
         raise ValueError(f"{path} is damaged: it names no checkpoint that is there; name one of {path.parent}")
     if found is not None and (problem := manifest.problem(found, f"{part}/")):
@@ -97,7 +95,8 @@ def load(directory: Path, engines: dict[str, Engine], stage: str = "train") -> d
 def read(directory: Path, stage: str = "train") -> dict[str, Any]:
     """The trainer's state alone. Raises ValueError if another version of this trainer or another stage of training
     (`stage` in the state) wrote it."""
-    state = _state(directory)
+    state = _loaded(directory)
+    _check_format(directory, state)
     if (other := state.get("stage", "train")) != stage:
         raise ValueError(
             f"{directory} is of a run of `prime-fast {other}`; continue it with that command, or choose another run_dir"
@@ -105,21 +104,26 @@ def read(directory: Path, stage: str = "train") -> dict[str, Any]:
     return state
 
 
-def _state(directory: Path) -> dict[str, Any]:
-    state = torch.load(directory / "state" / "trainer.pt", weights_only=True)
+def _check_format(directory: Path, state: dict[str, Any]) -> None:
     if state.get("format") != FORMAT:
         raise ValueError(
             f"{directory} was written by another version of prime-fast; continue it with that one, or start a new run "
             f"with model.policy={directory / 'policy'}"
         )
-    return state
 
 
 def _check_age(directory: Path) -> None:
     """Of a version that wrote no manifest nothing can be checked, and nothing is continued."""
     if not (directory / manifest.MANIFEST).is_file():
-        with suppress(OSError, EOFError, RuntimeError, UnpicklingError):  # then it is damaged, whoever wrote it
-            _state(directory)
+        try:
+            state = _loaded(directory)
+        except Exception:  # of many kinds: it is damaged, whoever wrote it, as the missing manifest will say
+            return
+        _check_format(directory, state)
+
+
+def _loaded(directory: Path) -> dict[str, Any]:
+    return torch.load(directory / "state" / "trainer.pt", weights_only=True)
 
 
 def named_by(pointer: Path) -> Path | None:

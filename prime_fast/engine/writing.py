@@ -139,7 +139,7 @@ class _Writing(Thread):
             mark = self._mark(self.rank)
             durable.write(mark.with_suffix(".new"), [json.dumps(written).encode()])
             mark.with_suffix(".new").rename(mark)
-            if self.rank == 0 and (everything := self._oflisted()) is not None:
+            if self.rank == 0 and (everything := self._of_all()) is not None:
                 self.commit(everything)
         except Exception as error:  # whatever it is, the trainer raises it
             self.failure = _told(self.partial, error)
@@ -150,7 +150,7 @@ class _Writing(Thread):
         self.patience = patience
         self.join()
 
-    def _oflisted(self) -> dict[str, Written] | None:
+    def _of_all(self) -> dict[str, Written] | None:
         """What all ranks have written, when they have; None where they are waited for no longer."""
         marks, start = [self._mark(rank) for rank in range(self.ranks)], time.monotonic()
         while not all(mark.is_file() for mark in marks):
