@@ -1,22 +1,16 @@
 """A run goes on on another number of ranks: the same weights and AdamW states, to the bit, and the same steps after."""
 
-import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
 from safetensors import safe_open
-from test_trainer import run
-from transformers import AutoModelForCausalLM
 
 from prime_fast.engine import shards
 from prime_fast.engine.writing import write
-from prime_fast.metrics import read_metrics
-
-SAME = ("outcome", "groups_kept", "groups", "rows", "surplus", "response_length", "rollouts", "policy_updates")
-CLOSE = ("prm_loss", "prm_grad_norm", "policy_grad_norm", "entropy", "process_over_outcome")
 
 
 @pytest.mark.parametrize("before", [1, 2, 3, 5])
@@ -37,54 +31,10 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(before, now, tmp_path):
         assert torch.cat(read).equal(whole)
 
 
-@pytest.fixture(scope="module")
-def straight(workspace, tmp_path_factory):
-    """Three steps on one rank."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    run(workspace, run_dir, "steps=3", *SETTINGS)
-    return run_dir
-
-
-SETTINGS = ["log.checkpoint_every=1", "log.keep=4", "log.eval_every=0", "rollout.prompts=5"]
-
-
-def go_on(ranks: int, source, step: int, run_dir, workspace):
-    """Copy a run, and make one more step after `step` on so many ranks."""
-    shutil.copytree(source, run_dir)
-    (run_dir / "checkpoints" / "latest").write_text(f"step-{step:06d}")
-    words = [f"steps={step + 1}", *SETTINGS]
-    if ranks == 1:
-        run(workspace, run_dir, *words, resume=True)
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-        command += ["prime_fast", "train", str(workspace / "config.yaml"), f"run_dir={run_dir}", *words, "--resume"]
-        result = processes.run(command, env=processes.environment(OMP_NUM_THREADS="1"))
-        assert result.returncode == 0, result.stderr[-3000:]
-    return run_dir
-
-
-def same_step(one, two, step: int) -> None:
-    """The updates of all weights agree to 0.1% in norm, as those of runs on different numbers of ranks do."""
-    left, right = (next(r for r in read_metrics(run_dir) if r["step"] == step) for run_dir in (one, two))
-    assert {key: left[key] for key in SAME} == {key: right[key] for key in SAME}
-    for key in CLOSE:
-        assert right[key] == pytest.approx(left[key], rel=1e-3), key
-    for name in ("policy", "prm"):
-        start, left, right = (
-            AutoModelForCausalLM.from_pretrained(run_dir / f"checkpoints/step-{number:06d}" / name).state_dict()
-            for run_dir, number in ((one, step - 1), (one, step), (two, step))
-        )
-        update = sum((left[key] - start[key]).square().sum() for key in start) ** 0.5
-        assert sum((left[key] - right[key]).square().sum() for key in start) ** 0.5 / update < 1e-3, name
-
-
-def test_a_run_goes_on_on_other_ranks(straight, workspace, tmp_path):
-    """1 -> 2 ranks, then 2 -> 4 and 2 -> 1."""
-    two = go_on(2, straight, 1, tmp_path / "two", workspace)
-    same_step(straight, two, 2)
-    one = go_on(1, two, 2, tmp_path / "one", workspace)
-    same_step(one, go_on(4, two, 2, tmp_path / "four", workspace), 3)
-    assert sorted(path.name for path in (two / "checkpoints/step-000002/state/prm").iterdir()) == [
-        shards.file_name(0),
-        shards.file_name(1),
-    ]
+def test_a_run_goes_on_on_other_ranks(workspace, tmp_path):
+    """Whole states to the bit, over gloo: 1 -> 2 -> 4 and 2 -> 1 ranks, in float32 and bfloat16; a step of each agrees
+    with that of another number, and a step of PRIME on two ranks with the one that one rank would have made."""
+    program = Path(__file__).with_name("other_ranks.py")
+    command = [sys.executable, str(program), str(workspace / "config.yaml"), str(tmp_path)]
+    result = processes.run(command, env=processes.environment(OMP_NUM_THREADS="1"))
+    assert result.returncode == 0 and "any number of ranks goes on" in result.stdout, result.stderr[-3000:]
