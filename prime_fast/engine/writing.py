@@ -59,7 +59,7 @@ class Checkpoints:
                     files[f"state/{name}/{shards.file_name(distributed.rank())}"] = states
                 tick()
         if distributed.rank() == 0:
-            about = {"format": FORMAT, "step": step, "world_size": distributed.world_size()}
+            about = {"format": FORMAT, "step": step}
             saved = io.BytesIO()
             torch.save(state | about, saved)
             files["state/trainer.pt"] = saved.getvalue()
