@@ -1,12 +1,12 @@
 """What a checkpoint costs the training that it interrupts: copied and written behind it, or written while it waits.
 
-    python -m benchmarks.checkpoint [--tokens 4096] [--rounds 3]
+    python -m benchmarks.checkpoint [--models quickstart smollm2-135m] [--tokens 4096] [--rounds 3]
 
-An SFT step of so many tokens on a random model of the quickstart's size and of SmolLM2-135M's, float32, one rank. In
+An SFT step of so many tokens on a random model of the quickstart's size or of SmolLM2-135M's, float32, one rank. In
 turns in each round: a step; a checkpoint of which training sees the copy alone; a step beside its writing; the rest of
 that; a checkpoint that training waits for. Seconds by the clock, and of the processor in the training's own thread,
 which other programs on the machine do not change. The first copy, into fresh memory, stands apart. A PRIME step makes
-several such passes and saves two models: its share is smaller. Writes benchmarks/results/<device>/checkpoint.json.
+several such passes and saves two models. Writes, model by model, into benchmarks/results/<device>/checkpoint.json.
 """
 
 from __future__ import annotations
@@ -107,18 +107,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = parser.parse_args()
     device = zero.start()
-    found = {
-        "machine": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],  # programs that wanted a core when it began
-        "packages": {package: installed(package) for package in ("torch", "deepspeed", "transformers")},
-        "tokens": arguments.tokens,
-        "models": {},
-    }
+    path = results(device.type) / "checkpoint.json"
     for name in arguments.models:
+        load = os.getloadavg()[0]  # programs that wanted a core when it began
         with tempfile.TemporaryDirectory() as folder:
-            found["models"][name] = measure(name, Path(folder), arguments.tokens, arguments.rounds, device)
-        seconds, share = (found["models"][name][key] for key in ("seconds", "share_of_a_step"))
+            made = measure(name, Path(folder), arguments.tokens, arguments.rounds, device)
+        facts = {"machine": cpu_name(), "threads": torch.get_num_threads(), "load": load, "tokens": arguments.tokens}
+        facts["packages"] = {package: installed(package) for package in ("torch", "deepspeed", "transformers")}
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(before | {name: facts | made}, indent=1) + "\n")
+        seconds, share = made["seconds"], made["share_of_a_step"]
         print(
             f"{name}: a step {seconds['step']['thread']:.2f} s of the processor, the copy for a checkpoint "
             f"{1000 * seconds['copy']['thread']:.0f} ms ({share['copy']['thread']:.2%}); by the clock "
@@ -126,8 +124,6 @@ def main() -> None:
             f"({share['copy']['clock']:.2%}), one that is waited for {1000 * seconds['waited_for']['clock']:.0f} ms",
             flush=True,
         )
-    path = results(device.type) / "checkpoint.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
     print(path)
 
 

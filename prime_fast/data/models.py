@@ -6,6 +6,7 @@ A checkpoint brings data alone: its weights are read as safetensors, never as a 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,7 @@ def check_files(path: str) -> None:
             "write it anew as safetensors: python -c 'import sys, transformers as t; p = sys.argv[1]; "
             f't.AutoModelForCausalLM.from_pretrained(p, dtype="auto").save_pretrained(p)\' {path}'
         )
-    if settings := _own_code(folder):
+    if (settings := _own_code(folder)) and os.environ.get("RANK", "0") == "0":  # of torchrun: one of them tells
         say(f"{path} brings code of its own ({settings}), which is not run; transformers' own takes its place")
 
 
