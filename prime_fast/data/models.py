@@ -5,7 +5,6 @@ A checkpoint brings data alone: its weights are read as safetensors, never as a 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -50,7 +49,7 @@ def check_files(path: str) -> None:
 def _own_code(folder: Path) -> str | None:
     """The file of a checkpoint that asks for code out of its directory or the hub."""
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in json.loads((folder / name).read_text("utf-8")):
+        if (folder / name).is_file() and b'"auto_map"' in (folder / name).read_bytes():
             return f"auto_map in {name}"
     return None
 
