@@ -32,8 +32,8 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(before, now, tmp_path):
 
 
 def test_a_run_goes_on_on_other_ranks(workspace, tmp_path):
-    """Whole states to the bit, over gloo: 1 -> 2 -> 4 and 2 -> 1 ranks, in float32 and bfloat16; a step of each agrees
-    with that of another number, and a step of PRIME on two ranks with the one that one rank would have made."""
+    """Whole states to the bit, over gloo: 1 -> 2 -> 4 and 2 -> 1 ranks, in bfloat16 1 -> 2; a step of each agrees with
+    that of another number, and a step of PRIME on two ranks with the one that one rank would have made."""
     program = Path(__file__).with_name("other_ranks.py")
     command = [sys.executable, str(program), str(workspace / "config.yaml"), str(tmp_path)]
     result = processes.run(command, env=processes.environment(OMP_NUM_THREADS="1"))
