@@ -101,9 +101,9 @@ def train(path: str, run_dir: Path, *words: str) -> None:
 
 def check(path: str, folder: Path) -> None:
     config = load_config(path, [])
-    hops = [("1", "1-1"), ("1", "1-2"), ("1-2", "1-2-1"), ("1-2", "1-2-4")]
+    chain = [("1", "1-1"), ("1", "1-2"), ("1-2", "1-2-1"), ("1-2", "1-2-4")]
     # how far a step may differ: sums in another order, amplified by AdamW's division
-    for dtype, bound, hops in (("float32", 1e-3, hops), ("bfloat16", 2e-2, hops[:2])):
+    for dtype, bound, hops in (("float32", 1e-3, chain), ("bfloat16", 2e-2, chain[:2])):
         place = folder / dtype
         together(1, partial(take_up, config, dtype, None, place / "1"))
         for before, now in hops:
