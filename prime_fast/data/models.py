@@ -27,8 +27,8 @@ def source(path: str) -> dict[str, Any]:
 
 def located(path: str) -> tuple[str, str | None]:
     """The directory or hub id, and the revision that `path` pins it to."""
-    name, at, revision = path.partition("@")
-    return (path, None) if Path(path).exists() or not at else (name, revision)
+    name, at, revision = str(path).partition("@")
+    return (str(path), None) if Path(path).exists() or not at else (name, revision)
 
 
 @cache
