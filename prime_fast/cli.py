@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from rich.console import Console
 
+from prime_fast import durable
 from prime_fast.config import (
     Config,
     DataConfig,
@@ -269,10 +270,11 @@ def _train(options: argparse.Namespace) -> int:
 
     from prime_fast import preflight, resume
     from prime_fast.engine import distributed, zero
-    from prime_fast.engine.checkpoint import latest
+    from prime_fast.engine.checkpoint import intact, latest
     from prime_fast.trainer import Trainer
 
     device = zero.start()
+    newest = _together(lambda: newest and intact(Path(config.run_dir)))
 
     def check() -> tuple[dict, set[str]]:
         """On one rank of each machine: its identity, and what of it is not as it was in the newest checkpoint."""
@@ -304,9 +306,11 @@ def _sft(options: argparse.Namespace) -> int:
 
     from prime_fast import resume
     from prime_fast.engine import distributed, zero
+    from prime_fast.engine.checkpoint import intact
     from prime_fast.stages import sft
 
     device = zero.start()
+    newest = _together(lambda: newest and intact(Path(config.run_dir)))
     inputs = _together(lambda: sft.load_inputs(config))
     renewed = _together(lambda: resume.check(newest, inputs.identity, accepted, sft.STAGE) if newest else set())
     trainer = sft.Sft(config, device, inputs)
@@ -328,11 +332,15 @@ def _finishes(trainer: Trainer | Sft, config: Config, newest: Path | None, steps
         if "data" in renewed:
             forget_scores(Path(config.run_dir))
         trainer.run(_open_run(config, first - 1, steps), first)
-    except distributed.Stop as error:
+    except (distributed.Stop, OSError) as error:
+        full = isinstance(error, OSError)
+        if full and error.errno not in durable.FULL:
+            raise
         newest = latest(Path(config.run_dir))
         after = f"continue from {newest} with --resume" if newest else "no checkpoint was written yet"
-        if distributed.rank() == 0:
-            say(f"prime-fast: {error}; {after}", sys.stderr)
+        if full or distributed.rank() == 0:
+            told = f"{error.filename} could not be written ({error.strerror})" if full else error
+            say(f"prime-fast: {told}; {after}", sys.stderr)
         return False
     finally:
         trainer.close()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from prime_fast import yaml_text
+from prime_fast import durable, yaml_text
 from prime_fast.values import (
     DAY,
     Answer,
@@ -448,7 +448,7 @@ def parse_assignments(words: Iterable[str]) -> dict[str, object]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    Path(path).write_text(yaml_text.write(config.model_dump(mode="json")), "utf-8")
+    durable.replace(Path(path), yaml_text.write(config.model_dump(mode="json")))
 
 
 def _set(tree: dict, dotted: str, value: object) -> None:

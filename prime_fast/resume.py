@@ -54,7 +54,9 @@ def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
         )
     before = _flatten(load_config(run_dir / "config.yaml").model_dump())
     now = _flatten(config.model_dump())
-    free = FREE.union(*(ACCEPTS[part] for part in accepted), BY_CONTENT if _identity(found) else ())
+    free = FREE.union(
+        *(ACCEPTS[part] for part in accepted), BY_CONTENT if (found / "state" / IDENTITY).is_file() else ()
+    )
     for key in before | now:
         names = {key, key.split(".")[0]}
         if now.get(key) != before.get(key) and not names & free:

@@ -17,6 +17,7 @@ from prime_fast.config import Config, OptimizerConfig
 from prime_fast.credit import Credit
 from prime_fast.engine import checkpoint, distributed
 from prime_fast.engine.batch import Batch, Group
+from prime_fast.engine.writing import Checkpoints
 from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
 from prime_fast.memory import measured
@@ -71,6 +72,7 @@ class Trainer:
             inputs.tokenizer,
             config.reward.max_failures,
         )
+        self.checkpoints = Checkpoints(Path(config.run_dir), config.log.keep)
         self.last_write = time.perf_counter()
         self.profile = profile.off
         self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
@@ -89,6 +91,7 @@ class Trainer:
             if evaluates:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step, config.steps + 1):
+            self.checkpoints.poll()
             before = self._state()
             try:
                 with self.profile(step, self.phases):
@@ -112,7 +115,8 @@ class Trainer:
             if ending is not None:
                 if log is not None:
                     print(ending, flush=True)
-                return
+                break
+        self.checkpoints.finish()
 
     def step(self, step: int) -> dict[str, Any]:
         """One PRIME step; returns its metrics, which `self.record` holds as far as they are known at any moment."""
@@ -275,21 +279,17 @@ class Trainer:
             self.watch.load_state_dict(before["watch"])
             self.counts = before["counts"]
         done = step if self.moved else step - 1
+        self.checkpoints.finish()
         newest = checkpoint.latest(Path(self.config.run_dir))
         if done and (newest is None or newest.name != f"step-{done:06d}"):
             self.save(done)
+            self.checkpoints.finish()
 
     def save(self, step: int) -> None:
+        """Begin to write a checkpoint; `self.checkpoints.finish()` waits for it."""
         with self.phases("checkpoint"):
-            checkpoint.save(
-                Path(self.config.run_dir),
-                step,
-                self._trained(),
-                self.inputs.tokenizer,
-                self._state(),
-                keep=self.config.log.keep,
-                score=self.record.get("eval_accuracy"),
-            )
+            score = self.record.get("eval_accuracy")
+            self.checkpoints.save(step, self._trained(), self.inputs.tokenizer, self._state(), score)
 
     def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
         """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
@@ -308,6 +308,7 @@ class Trainer:
         return state["step"] + 1
 
     def close(self) -> None:
+        self.checkpoints.close()
         self.rollout.close()
         self.collector.close()
         self.pool.close()

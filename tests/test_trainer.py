@@ -92,7 +92,7 @@ def test_a_run_leaves_everything_it_promises(straight):
     tokenizer = AutoTokenizer.from_pretrained(newest / "policy")
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "1+2:"}], return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=4, pad_token_id=0).shape[1] > 4
-    assert set(os.listdir(newest)) == {"policy", "prm", "state"}
+    assert set(os.listdir(newest)) == {"policy", "prm", "state", "manifest.json"}
 
 
 def test_both_models_moved_and_the_steps_count_the_rollouts(straight, workspace):
@@ -118,7 +118,7 @@ def test_parking_changes_no_bit_of_a_run(straight, workspace, tmp_path, monkeypa
     """As beside a vLLM on the same GPU: whenever the engine gets work, states are parked, and saved so."""
     run_dir, records = straight
     lots, seen = [], []
-    make, submit, save = parking.Parking.__init__, Fleet.submit, zero.Engine.save_state
+    make, submit, copy = parking.Parking.__init__, Fleet.submit, zero.Engine.states
 
     def note(there):
         seen.append([lot.parked for lot in there])
@@ -127,7 +127,7 @@ def test_parking_changes_no_bit_of_a_run(straight, workspace, tmp_path, monkeypa
     monkeypatch.setattr(Plan, "__init__", lambda made, *rest: plan(made, *rest) or setattr(made, "parks", True))
     monkeypatch.setattr(parking.Parking, "__init__", lambda lot, *rest: lots.append(lot) or make(lot, *rest))
     monkeypatch.setattr(Fleet, "submit", lambda fleet, requests: note(lots) or submit(fleet, requests))
-    monkeypatch.setattr(zero.Engine, "save_state", lambda made, place: note([made.parking]) or save(made, place))
+    monkeypatch.setattr(zero.Engine, "states", lambda made: note([made.parking]) or copy(made))
     run(workspace, tmp_path / "run", "steps=2")
     assert len(lots) == 2
     lots.clear()
@@ -440,6 +440,7 @@ def test_non_finite_steps_are_not_applied_and_stop_the_run(configure, device):
     trainer = make_trainer(configure("rollout.max_rounds=3"), device)
     assert trainer.step(1)["skipped"] == 0
     trainer.save(1)
+    trainer.checkpoints.finish()
     parameter = next(trainer.policy.lm.parameters())
     healthy = overwrite(parameter, float("nan"))
     record = trainer.step(2)

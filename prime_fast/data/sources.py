@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from prime_fast.data.shapes import normalise, shape_of, unfilled
 
 READ_ROWS = 256  # rows held as Python objects at a time; the shape is looked for in as many
-HUB_NAME = re.compile(r"(?:hf://([\w.-]+/[\w.-]+)(?:/([\w.-]+))?|([\w.-]+/[\w.-]+))(?::(.+))?")
+HUB_NAME = re.compile(r"(?:hf://([\w.-]+/[\w.-]+)(?:/([\w.-]+))?|([\w.-]+/[\w.-]+))(?:@([\w.-]+))?(?::(.+))?")
 CACHE_FROM_BYTES = 16 << 20  # smaller files are tokenised in seconds
 CACHE_DAYS = 14  # what was not used for so long is deleted when something new is written
 
@@ -48,8 +48,8 @@ def read(name: str) -> tuple[str, Iterator[Item]]:
     """The shape of a file or hub dataset, and its rows in order: (where it stands, the row, normalised),
     with a ValueError in place of a broken row.
 
-    name: a .jsonl, .json or .parquet file, or "hf://org/name[/configuration][:split]" (split "train" unless given), or
-        "org/name[:split]" where that is no file.
+    name: a .jsonl, .json or .parquet file, or "hf://org/name[/configuration][@revision][:split]" (split "train" unless
+        given), or "org/name[@revision][:split]" where that is no file.
 
     Raises FileNotFoundError, or ValueError if the whole file is unreadable.
     """
@@ -162,9 +162,9 @@ def _hub(name: str):
     from datasets import load_dataset
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
-    full, configuration, short, split = HUB_NAME.fullmatch(name).groups()
+    full, configuration, short, revision, split = HUB_NAME.fullmatch(name).groups()
     try:
-        return load_dataset(full or short, configuration, split=split or "train")
+        return load_dataset(full or short, configuration, split=split or "train", revision=revision)
     except Exception as error:  # of a dozen kinds, some of libraries below datasets
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

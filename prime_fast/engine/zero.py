@@ -1,25 +1,30 @@
-"""Everything DeepSpeed: load sharded, forward, backward, step, gather, offload, save and restore."""
+"""Everything DeepSpeed: load sharded, forward, backward, step, gather, offload, copy out and restore."""
 
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
-from prime_fast.engine import distributed, layers, recompute, ulysses
+from prime_fast.data.models import source
+from prime_fast.engine import distributed, layers, recompute, shards, ulysses
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.parking import Parking
@@ -39,6 +44,10 @@ gc.freeze()  # what was imported need not be walked whenever DeepSpeed collects 
 partition_parameters.DEFAULT_TENSOR_OVERRIDES.remove(partition_parameters.DeepSpeedTensorOverride.dtype)
 
 GATHER_BYTES = 1 << 30  # parameters gathered at a time when weights leave the engine
+WEIGHT_FILES, SHARD = "model{suffix}.safetensors", "50GB"  # as transformers names and cuts them
+
+
+Content = bytes | Mapping[str, Tensor]  # of a file; tensors become a .safetensors
 
 
 class StepResult(NamedTuple):
@@ -106,6 +115,9 @@ class Engine:
         self.deepspeed = deepspeed.initialize(model=module, optimizer=adam, config=settings)[0]
         self.deepspeed.train(self.trains)
         self.parking = Parking(self.deepspeed.optimizer, self.device) if self.trains else None
+        self.copies = shards.HostCopies(pinned=self.device.type == "cuda")  # of the states
+        self.whole = shards.HostCopies(pinned=False)  # which would take up to twice the room, parameter by parameter
+        self.papers: dict[str, Content] | None = None
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -161,31 +173,60 @@ class Engine:
                 for name, parameter in bucket:
                     yield name, parameter.data
 
-    def save_hf(self, directory: Path, tokenizer: Any) -> None:
-        """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads. Rank 0 writes; all ranks gather."""
+    def exported(self, tokenizer: Any) -> dict[str, Content]:
+        """The files of a directory that `AutoModelForCausalLM.from_pretrained` loads, in host memory, until the next
+        call; of rank 0, for which all ranks gather."""
+        here = distributed.rank() == 0
         state = {}
         for name, tensor in self.weights():
-            if distributed.rank() == 0:
-                state[name] = tensor.to("cpu", copy=True)
-        if distributed.rank() == 0:
-            persistent = self.lm.state_dict().keys()
-            state |= {name: buffer for name, buffer in self.lm.named_buffers() if name in persistent}
-            config = self.lm.config
-            config.use_cache = True
-            self.lm.save_pretrained(directory, state_dict=state)
-            config.use_cache = False
-            tokenizer.save_pretrained(directory)
-        distributed.barrier()
+            if here:
+                state[name] = self.whole(name, tensor)
+        if not here:
+            return {}
+        state = revert_weight_conversion(self.lm, state | self._buffers())
+        parts = split_torch_state_dict_into_shards(state, filename_pattern=WEIGHT_FILES, max_shard_size=SHARD)
+        files: dict[str, Content] = {
+            file: {name: state[name].contiguous() for name in names}
+            for file, names in parts.filename_to_tensors.items()
+        }
+        if parts.is_sharded:
+            index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
+            files["model.safetensors.index.json"] = json.dumps(index, indent=2, sort_keys=True).encode()
+        if self.papers is None:
+            self.papers = self._papers(tokenizer)
+        return self.papers | files
 
-    def save_state(self, directory: Path) -> None:
-        """Write weights and optimizer states, sharded as they are, for `load_state` at the same world size."""
-        self.deepspeed.save_checkpoint(str(directory), tag="state")
+    def states(self) -> dict[str, Tensor]:
+        """This rank's part of float32 weights and optimizer states, for `load_states` of however many ranks, in host
+        memory, until the next call; empty with engine.offload=disk, whose step count DeepSpeed does not give back."""
+        optimizer = self.deepspeed.optimizer
+        if optimizer.swap_optimizer:
+            return {}
+        buffers = {f"buffer/{name}": tensor for name, tensor in self._buffers().items()}
+        return shards.copied(optimizer, list(self.lm.named_parameters()), self.copies) | buffers
 
-    def load_state(self, directory: Path) -> None:
+    def load_states(self, directory: Path) -> None:
         self.unpark()
-        loaded, _ = self.deepspeed.load_checkpoint(str(directory), tag="state")
-        if loaded is None:
-            raise ValueError(f"{directory} holds no DeepSpeed checkpoint; choose an intact checkpoint or start anew")
+        shards.restore(self.deepspeed.optimizer, list(self.lm.named_parameters()), directory)
+        with safe_open(directory / shards.file_name(0), "pt") as file, torch.no_grad():
+            for name in self._buffers():
+                self.lm.get_buffer(name).copy_(file.get_tensor(f"buffer/{name}"))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """A copy of the persistent ones."""
+        persistent = self.lm.state_dict().keys()
+        return {name: buffer.cpu().clone() for name, buffer in self.lm.named_buffers() if name in persistent}
+
+    def _papers(self, tokenizer: Any) -> dict[str, Content]:
+        """What lies beside the weights and never changes: settings and tokenizer."""
+        config = self.lm.config
+        with tempfile.TemporaryDirectory() as folder:
+            config.use_cache = True
+            self.lm.save_pretrained(folder, state_dict={})
+            config.use_cache = False
+            tokenizer.save_pretrained(folder)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def attention_share(lm: PreTrainedModel) -> float:
@@ -201,7 +242,7 @@ def load_sharded(path: str, dtype: torch.dtype, settings: dict) -> PreTrainedMod
     """Load a checkpoint with every parameter partitioned over the ranks as it arrives."""
     zero3 = HfDeepSpeedConfig(settings)  # transformers partitions on load for as long as this object lives
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(**source(path), use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a causal LM from {path!r}: {' '.join(str(error).split())[:300]}") from error
     finally:

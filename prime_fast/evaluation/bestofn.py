@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prime_kernels
+from prime_fast.data.models import source
 from prime_fast.engine import packing
 from prime_fast.engine.model import PackedLM
 from prime_fast.progress import progress
@@ -48,7 +49,8 @@ def response_logprobs(
 ) -> Tensor:
     """(T,) float32 log-probs, at temperature 1, of all response tokens, row after row, under a checkpoint."""
     with progress(f"loading {model}", at_once=True):
-        lm = PackedLM(AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)).eval()
+        lm = AutoModelForCausalLM.from_pretrained(**source(model), use_safetensors=True, dtype=dtype)
+        lm = PackedLM(lm.to(device)).eval()
     offsets = [0, *accumulate(map(len, responses))]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
     flat = torch.zeros(offsets[-1])

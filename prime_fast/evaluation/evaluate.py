@@ -24,6 +24,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from prime_fast import durable
 from prime_fast.config import ModelConfig, make_config
 from prime_fast.data.models import eos_ids, load_tokenizer, model_config
 from prime_fast.data.rows import load_rows
@@ -108,9 +109,7 @@ def during_training(
         texts = [tokenizer.decode(sample.tokens, skip_special_tokens=True) for sample in group.samples]
         records.append(record(i, problem, group.samples, texts, list(group.outcomes)))
     if path is not None:
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        outputs.append(path, records)
+        durable.replace(path, outputs.lines(records))
     summary = summarize(problems, {"greedy": records})
     *_, overall = summary.values()
     single = {f"eval_accuracy/{name}": row["greedy"].value for name, row in summary.items() if row is not overall}
@@ -128,8 +127,8 @@ def default_out(model: str) -> Path:
 
 def find_model(path: str, role: str) -> str:
     """A model directory or hub id as it is; of a run_dir, a checkpoint or checkpoints/best, its policy or prm."""
-    if (found := checkpoint.find(Path(path))) is not None:
-        return str(found / role)
+    if (found := checkpoint.find(Path(path), role)) is not None:
+        return str(found)
     return str(Path(path) / role) if (Path(path) / role).is_dir() else path
 
 

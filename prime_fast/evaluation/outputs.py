@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from prime_fast import durable
 from prime_fast.engine import distributed
 
 
@@ -37,8 +38,11 @@ def write(path: Path, batches: Iterable[list[dict]]) -> dict[int, dict]:
 
 
 def append(path: Path, records: Iterable[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    durable.append(path, lines(records))
+
+
+def lines(records: Iterable[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def _lines(path: Path) -> Iterator[dict]:

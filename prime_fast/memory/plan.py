@@ -176,8 +176,8 @@ class Plan:
     def _writing(self) -> Iterator[Moment]:
         for engine in self.states.values():
             if engine.trained:
-                written = [*engine.gathered_for_export(), *engine.exported()]
-                yield self._beside_engine([*self.rollout.ready(), *written])
+                written = [] if self._copies() else [i for states in self.states.values() for i in states.copied()]
+                yield self._beside_engine([*self.rollout.ready(), *engine.gathered_for_export(), *written])
 
     def _loading(self) -> Iterator[Moment]:
         """Engine after engine."""
@@ -247,15 +247,21 @@ class Plan:
         for states in self.states.values():
             items = states.fresh() if fresh else states.rest()
             rest += states.parked(items) if self.parks else items
-        return self._whole(moment, [*rest, *([] if fresh else self._blocks())])
+        return self._whole(moment, [*rest, *([] if fresh else [*self._blocks(), *self._copies()])])
 
     def _blocks(self) -> Moment:
         """The pinned blocks that trained parameters were loaded into serve frozen ones, or are kept for nothing."""
         frozen = not all(states.trained for states in self.states.values())
         return [] if frozen else self.states["policy"].loaded_into()
 
+    def _copies(self) -> Moment:
+        """Of a checkpoint that is being written, where steps follow one."""
+        follows = 0 < self.config.log.checkpoint_every < self.config.steps
+        return [item for states in self.states.values() for item in states.copied()] if follows else []
+
     def _rest(self) -> Moment:
-        return [*(item for states in self.states.values() for item in states.rest()), *self._blocks()]
+        rest = (item for states in self.states.values() for item in states.rest())
+        return [*rest, *self._blocks(), *self._copies()]
 
     def _whole(self, moment: Moment, rest: Moment | None = None) -> Moment:
         """With the states at rest, the driver's share and slack."""

@@ -160,14 +160,16 @@ class States:
             items.append(self._item("AdamW's denominator, made twice", 2 * 4 * self.sub_group))
         return items
 
-    def exported(self) -> list[Item]:
-        """On the host while a checkpoint is written: rank 0 collects the whole model (engine/zero.py save_hf); then
-        each rank's states pass through, one flat tensor at a time (torch.save)."""
-        passing = 0 if self.offloaded or not self.on_gpu else MASTER * self.sub_group
-        more = max(0, self.width * self.shape.count - passing)
+    def copied(self) -> list[Item]:
+        """On the host from the first checkpoint on: what is written from while training goes on, and kept for the next
+        (engine/shards.py HostCopies). Each rank has its states there, rank 0 the whole model too."""
+        if not self.trained:
+            return []
+        hold = pinned if self.on_gpu else int
+        states = 0 if self.engine.offload == "disk" else sum(3 * hold(MASTER * group) for group in self.sub_groups)
         return [
-            self._item("states on their way to disk", passing, "host"),
-            self._item(f"whole model, {RANK_0}", more, "host"),
+            self._item("copy for the disk", states, "host"),
+            self._item(f"copy of the whole model for the disk, {RANK_0}", self.width * self.shape.count, "host"),
         ]
 
     def imported(self) -> list[Item]:

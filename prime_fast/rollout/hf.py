@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from prime_fast.data.models import source
 from prime_fast.engine.batch import Sample
 from prime_fast.rollout import EngineError, Request, RolloutEngine
 
@@ -20,7 +21,9 @@ class HFEngine(RolloutEngine):
     def __init__(
         self, path: str, eos_ids: Sequence[int], *, dtype: torch.dtype, device: torch.device, batch: int = 256
     ) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            **source(path), use_safetensors=True, dtype=dtype, attn_implementation="sdpa"
+        )
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.batch = device, batch
         self.eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)

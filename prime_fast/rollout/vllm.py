@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
+from prime_fast.data.models import located, model_config
 from prime_fast.engine.batch import Sample
 from prime_fast.rollout import Request, RolloutEngine, release_cached
 from prime_fast.rollout.weights import Entry, Report, checksum, view
@@ -31,6 +31,7 @@ GPU_SHARE = 0.5  # of a GPU's memory, where the engine shares it with the traine
 # next sync brings and proves, or a buffer, which vLLM keeps. 1 would pin a copy of the weights in host memory, rounded
 # up to powers of two, that the sync then overwrites. 0: awake all the time.
 SLEEP_LEVEL = 2
+FIXED = {"load_format": "safetensors", "trust_remote_code": False}  # as data/models.py has it
 OWN_OPTIONS = {"gpus", "sleep_level", "bucket_mib"}  # of rollout.vllm, see EngineProcess.for_config
 TAGS = ("weights", "kv_cache")  # what vLLM can wake one by one
 
@@ -111,7 +112,8 @@ class VLLMEngine(RolloutEngine):
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _cpu_kv_bytes(path, dtype, longest, batch)}
             # a prompt in pieces makes vLLM turn back its seeded generators, which torch has on CUDA alone
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, CPU_STEP_TOKENS)}
-        self.llm = LLM(path, **(arguments | (options or {})))
+        name, revision = located(path)
+        self.llm = LLM(name, **(arguments | (options or {}) | FIXED | {"revision": revision}))
         self.engine = self.llm.llm_engine
         self.groups: dict[int, dict[int, Sample]] = {}  # unfinished: key -> finished samples
         self.sizes: dict[int, int] = {}
@@ -260,6 +262,11 @@ def _check_arguments(options: dict[str, Any]) -> None:
     known = {*inspect.signature(LLM.__init__).parameters, *(field.name for field in dataclasses.fields(EngineArgs))}
     known -= {"self", "model", "kwargs"}
     for name in options:
+        if name in FIXED or name == "revision":
+            raise ValueError(
+                f"rollout.vllm.{name} cannot be set: weights are read as safetensors, no code of a model is run, and "
+                "model.policy=org/name@revision names the revision; take it out"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known | OWN_OPTIONS), 1, 0.5)
             raise ValueError(
@@ -278,7 +285,7 @@ def _parts(model: Any, name: str) -> list[str]:
 
 def _cpu_kv_bytes(path: str, dtype: torch.dtype, longest: int, batch: int) -> int:
     """Room for a whole batch of the longest sequences, up to a limit."""
-    shape = AutoConfig.from_pretrained(path)
+    shape = model_config(path)
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     if size not in CPU_HEAD_SIZES:

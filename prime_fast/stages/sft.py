@@ -20,6 +20,7 @@ from prime_fast.data.models import load_tokenizer
 from prime_fast.data.rows import PromptSampler, Rows, load_demonstrations
 from prime_fast.engine import checkpoint, distributed, packing, ulysses
 from prime_fast.engine.packing import Pack
+from prime_fast.engine.writing import Checkpoints, export
 from prime_fast.engine.zero import Engine
 from prime_fast.identity import Identity
 from prime_fast.memory import measured
@@ -72,6 +73,7 @@ class Sft:
         self.sampler = PromptSampler(len(inputs.rows), config.seed)
         model = measured.plan(alone(config), device).model("policy")
         self.engine = Engine(STAGE, config.model.policy, model, config.engine, config.sft, device)
+        self.checkpoints = Checkpoints(Path(config.run_dir), config.log.keep)
         self.counts = {"skipped": 0, "failed_in_a_row": 0}
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
@@ -81,6 +83,7 @@ class Sft:
         if first_step == 1 and evaluates:
             self._write(log, {"step": 0, "eval_loss": self.validation_loss()})
         for step in range(first_step, section.steps + 1):
+            self.checkpoints.poll()
             record, last = self.step(step), step == section.steps
             if evaluates and (step % every.eval_every == 0 or last):
                 record["eval_loss"] = self.validation_loss()
@@ -89,11 +92,13 @@ class Sft:
             if last or stops or (every.checkpoint_every and step % every.checkpoint_every == 0):
                 self.save(step, record.get("eval_loss"))
             if stops:
+                self.checkpoints.finish()
                 raise distributed.Stop(
                     f"{MAX_FAILED} steps in a row were skipped: the loss or its gradient is not finite; "
                     "lower sft.lr or check sft.data"
                 )
-        self.engine.save_hf(self.directory, self.inputs.tokenizer)
+        self.checkpoints.finish()
+        export(self.engine, self.inputs.tokenizer, self.directory)
 
     @property
     def directory(self) -> Path:
@@ -120,18 +125,11 @@ class Sft:
         return response_nll(self.engine, *_tensors(self.inputs.held_out), self.config.engine.micro_tokens)
 
     def save(self, step: int, eval_loss: float | None = None) -> None:
-        """eval_loss: of these very weights."""
+        """Begin to write a checkpoint. eval_loss: of these very weights."""
         state = {"stage": STAGE, "sampler": self.sampler.state_dict(), "counts": dict(self.counts)}
         state |= {"identity": self.inputs.identity}
-        checkpoint.save(
-            Path(self.config.run_dir),
-            step,
-            {"policy": self.engine},
-            self.inputs.tokenizer,
-            state,
-            keep=self.config.log.keep,
-            score=None if eval_loss is None else -eval_loss,
-        )
+        score = None if eval_loss is None else -eval_loss
+        self.checkpoints.save(step, {"policy": self.engine}, self.inputs.tokenizer, state, score)
 
     def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
         """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
@@ -141,7 +139,7 @@ class Sft:
         return state["step"] + 1
 
     def close(self) -> None:
-        """There is nothing to release."""
+        self.checkpoints.close()
 
     def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
         if log is not None:

@@ -19,7 +19,8 @@ from transformers import (
 
 import prime_kernels
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
-from prime_fast.engine import distributed, packing, zero
+from prime_fast.engine import distributed, packing, shards, zero
+from prime_fast.engine.writing import export, write
 
 SHAPE = dict(
     vocab_size=41,
@@ -160,9 +161,10 @@ def check(models: Path, scratch: Path, device: torch.device, tokenizer) -> None:
             elif moment == "restored":
                 if not trains or name not in ("buffered", "llama3"):
                     continue
-                engine.save_state(scratch / case)
-                engine.load_state(scratch / case)
-                engine.save_hf(scratch / case / "saved", tokenizer)
+                write(scratch / case, {shards.file_name(distributed.rank()): engine.states()})
+                distributed.barrier()
+                engine.load_states(scratch / case)
+                export(engine, tokenizer, scratch / case / "saved")
                 saved = AutoModelForCausalLM.from_pretrained(scratch / case / "saved", dtype=getattr(torch, dtype))
                 wrong = differences(saved, dict(saved.named_parameters()), plain)
                 assert not wrong, f"{case}, saved: {wrong}"

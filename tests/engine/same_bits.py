@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import prime_kernels
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
-from prime_fast.engine import distributed, packing, zero
+from prime_fast.engine import distributed, packing, shards, zero
 from prime_fast.engine.recompute import ATTENTION_OPS
+from prime_fast.engine.writing import write
 
 LAYERS = 3
 SHAPE = dict(
@@ -159,11 +160,11 @@ def check_parking(path: Path, dtype: str, scratch: Path, device: torch.device) -
 
     parked.park()
     assert not differences(expected, bits(parked))  # weights are gathered while it is parked
-    parked.save_state(scratch)
+    write(scratch, {shards.file_name(0): parked.states()})
     loaded = engine(path, device, dtype)
     step(loaded, 9)
     loaded.park()
-    loaded.load_state(scratch)
+    loaded.load_states(scratch)
     parked.unpark()
     for made in (straight, parked, loaded):
         step(made, 10)

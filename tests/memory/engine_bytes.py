@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
-from prime_fast.engine import distributed, packing, zero
+from prime_fast.engine import distributed, packing, shards, zero
+from prime_fast.engine.writing import write
 
 
 def held(
@@ -47,7 +48,8 @@ def held(
     groups = optimizer.fp32_partitioned_groups_flat
     moments = [state[name] for state in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     flat = optimizer.param_groups_fp16_flat_cpu_memory if offload == "cpu" else [optimizer.lp_param_buffer]
-    engine.save_state(directory)
+    write(directory, {shards.file_name(distributed.rank()): engine.states()})
+    distributed.barrier()
     written = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     return {
         "parameters": stored(flat),

@@ -14,6 +14,7 @@ from engines import needs_vllm
 from prime_fast import passes
 from prime_fast.cli import main
 from prime_fast.engine import checkpoint
+from prime_fast.engine.writing import Checkpoints
 from prime_fast.metrics import read_metrics
 from prime_fast.rollout import EngineDied, hf, process
 from prime_fast.rollout.collect import Collector
@@ -21,7 +22,7 @@ from prime_fast.rollout.fleet import Fleet
 from prime_fast.trainer import Trainer
 
 PHASES = {
-    "while a checkpoint is written": (checkpoint, "save"),
+    "while a checkpoint is written": (Checkpoints, "save"),
     "during rollouts": (Fleet, "step"),
     "after rollouts": (Fleet, "sleep"),
     "asleep": (passes, "train_policy"),

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prime_fast.cli import main
-from prime_fast.engine import checkpoint
+from prime_fast.engine import checkpoint, manifest
 from prime_fast.metrics import read_metrics
 
 OPTIONS = ["sft.steps=6", "sft.lr=3e-3", "sft.schedule=cosine", "sft.warmup=0.4", "sft.mini_batch=8"]
@@ -135,15 +135,15 @@ def test_other_rows_are_told_and_can_be_accepted(workspace, tmp_path, capsys):
     rows.write_text((workspace / "rows.jsonl").read_text())
     words = [*command(workspace, tmp_path / "run", *OPTIONS), f"sft.data={rows}", f"sft.eval={rows}", "log.keep=9"]
     assert main([*words, "sft.steps=3"]) == 0
-    scored = list((tmp_path / "run/checkpoints").glob("step-*/state/score"))
+    scored = [path for path in (tmp_path / "run/checkpoints").glob("step-*") if manifest.score(path) is not None]
     assert scored and checkpoint.best(tmp_path / "run")
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
     capsys.readouterr()
     assert main([*words, "--resume"]) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert "data, where sft was 40 rows" in error and error.endswith("--accept data")
-    assert all(path.is_file() for path in scored)
+    assert all(manifest.score(path) is not None for path in scored)
     assert main([*words, "--resume", "--accept", "data"]) == 0
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(7))
-    assert not any(path.is_file() for path in scored)  # the loss on other rows says nothing about these
+    assert not any(map(manifest.score, scored))  # the loss on other rows says nothing about these
     assert checkpoint.best(tmp_path / "run").name in ("step-000004", "step-000006")
