@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SCORE_ROWS = 4096  # graded at a time
 OPTION = re.compile(r"-[^\d.]")  # not a negative number
+FULL = (errno.ENOSPC, errno.EDQUOT)
 ASSIGNMENT = re.compile(r"[\w.]+=")
 
 
@@ -335,6 +337,14 @@ def _run(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int
             if distributed.rank() == 0:
                 say(f"prime-fast: {error}; {way_on(run_dir)}", sys.stderr)
             return error.code
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            say(
+                f"prime-fast: {error.strerror}: {error.filename or run_dir}; make room, then {way_on(run_dir)}",
+                sys.stderr,
+            )
+            return 1
         finally:
             trainer.close()
     return 0

@@ -188,7 +188,7 @@ def test_a_hang_is_told_with_the_place_of_every_rank(tmp_path):
     (tmp_path / "rank.py").write_text(HANG)
     zero, one = start_ranks(tmp_path / "rank.py", tmp_path / "run")
     try:
-        out, told = zero.communicate(timeout=120)
+        out, told = zero.communicate(timeout=240)
     finally:
         processes.end(one)
     assert zero.returncode == 1 and out == "engines killed\n", told

@@ -2,7 +2,7 @@
 
 run_dir/ranks/0.json    where rank 0 is: step, phase, since when; and when it last moved and gave a sign of life
 run_dir/ranks/0.stack   what its threads were doing when the run was ended because it hung
-run_dir/ranks/leave     there once a rank was asked to leave
+run_dir/ranks/leave-ID  there once a rank of run ID was asked to leave
 
 These files need no collective operation, no network and no rank 0, the very things that may hang.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_fast.engine import checkpoint, distributed, interrupt
-from prime_fast.progress import duration, here, say
+from prime_fast.progress import at, duration, here, say
 
 BEAT_SECONDS = 5.0  # between two signs of life, or a tenth of the limit if that is less
 DEAD_BEATS = 4  # without a sign of life for so many
@@ -51,10 +51,13 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self.directory.mkdir(parents=True, exist_ok=True)
+        at(0, "start")
         if self.rank == 0:
-            self._leaving.unlink(missing_ok=True)
+            for old in self.directory.glob("leave-*"):
+                old.unlink()
         self._publish()
-        distributed.barrier()  # from here on no file is of a former run
+        # from here on every rank's file is of this run; the name is new, for a network's file system may remember more
+        self.leaving = self.directory / f"leave-{distributed.gather_lists([time.time_ns()])[0]:x}"
         self.ear, self.mouth = os.pipe()
         os.set_blocking(self.mouth, False)
         # the thread reads what the C handler writes, for a main thread that waits in C++ runs no handler of Python's
@@ -71,10 +74,7 @@ class Watchdog:
         os.close(self.mouth)  # which the thread hears
         self.thread.join()
         os.close(self.ear)
-
-    @property
-    def _leaving(self) -> Path:
-        return self.directory / "leave"
+        interrupt.begin(0.0)
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -96,13 +96,13 @@ class Watchdog:
         if not interrupt.asked():
             interrupt.ask()
             with suppress(OSError):  # then the other ranks hear of it where they meet
-                self._leaving.touch()
+                self.leaving.touch()
         elif interrupt.since() > SAME_SECONDS:
             self._leave(interrupt.Preempted.code, "asked to leave a second time")
 
     def _look(self) -> None:
         self._publish()
-        if not interrupt.asked() and self._leaving.exists():
+        if not interrupt.asked() and self.leaving.exists():
             interrupt.ask()
         if interrupt.left() <= 0 and here.phase != "checkpoint":  # which is worth a try: schedulers may be generous
             grace = f"log.grace={interrupt.grace():g} seconds were too few to end {_where(here.step, here.phase)}"
