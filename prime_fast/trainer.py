@@ -74,7 +74,7 @@ class Trainer:
         self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
         self.record: dict[str, Any] = {}  # metrics of the step in work, as far as they are known
         self.moved: set[str] = set()  # models whose weights it has changed so far
-        self.stream: Stream | None = None  # its passes of the PRM, where they began while groups come
+        self.stream: Stream | None = None  # its passes of reference and PRM, as long as they go on
         self.whole = False  # nothing but its evaluation is missing
         self.unwritten: dict[str, Any] | None = None  # the record of such a step, after a resume
 
@@ -140,6 +140,7 @@ class Trainer:
             self._unpark()
             self.stream = stream or self._given(step, groups)
             failure = self._update(step, batch, others, self.stream)
+            self.stream = None
             self._park()
         self._count(empty=empty, skip_reason=nothing if empty else failure)
         with phases("sync"):

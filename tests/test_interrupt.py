@@ -139,18 +139,24 @@ sys.exit(here.train(here.Path(sys.argv[1]), sys.argv[2], "log.eval_every=0"))
 
 # Two processes on one machine, one of which is stopped in phase policy while the other one waits for it
 HANG = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 import torch
 from prime_fast.engine import distributed
 from prime_fast.engine.watchdog import Watchdog
-from prime_fast.progress import at
+from prime_fast.progress import at, moved
 
 distributed.initialize()
-with Watchdog(Path(sys.argv[1]), grace=60, hang=1.5, kill=lambda: print("engines killed")):
+run_dir, pid = Path(sys.argv[1]), distributed.gather_lists([os.getpid()])[1]
+with Watchdog(run_dir, grace=60, hang=2, kill=lambda: print("engines killed")):
     at(3, "policy")
     if distributed.rank() == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        while "policy" not in (run_dir / "ranks/1.json").read_text():
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGSTOP)
+    while Path(f"/proc/{pid}/stat").read_text().split()[2] != "T":
+        moved()
+        time.sleep(0.01)
     at(3, "sync")
     distributed.sum_(torch.ones(1))  # the line that waits
 """
@@ -192,7 +198,7 @@ def test_a_hang_is_told_with_the_place_of_every_rank(tmp_path):
     finally:
         processes.end(one)
     assert zero.returncode == 1 and out == "engines killed\n", told
-    assert "no rank has moved for 2s (log.hang=1.5)" in told and "no checkpoint was written yet" in told
+    assert "no rank has moved for 2s (log.hang=2)" in told and "no checkpoint was written yet" in told
     for rank, phase in ((0, "sync"), (1, "policy")):
         (line,) = [line for line in told.splitlines() if line.startswith(f"  rank {rank}: ")]
         assert f"step 3, phase {phase}, for " in line and ("without a sign of life" in line) == (rank == 1), line

@@ -33,7 +33,7 @@ engine: {micro_tokens: 200}
 log: {eval_every: 2, checkpoint_every: 1, grace: 120}
 sft: {lr: 3.0e-3, mini_batch: 32, steps: 40}
 """
-CHAIN, SIZES = 1, (64, 16, 64)  # steps of a problem; rows to train on, held out, demonstrated
+CHAIN, SIZES = 2, (64, 16, 256)  # steps of a problem; rows to train on, held out, demonstrated
 VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib", "memory")  # of a record
 PRELOADED = ["prime_fast.cli", "prime_fast.trainer", "prime_fast.stages.sft", "transformers.models.qwen2"]
 
