@@ -438,7 +438,10 @@ def parse_assignments(words: Iterable[str]) -> dict[str, object]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    Path(path).write_text(yaml_text.write(config.model_dump(mode="json")), "utf-8")
+    """In one move: a run that is killed meanwhile could not be resumed with half of it."""
+    new = Path(path).with_suffix(".tmp")
+    new.write_text(yaml_text.write(config.model_dump(mode="json")), "utf-8")
+    new.replace(path)
 
 
 def _set(tree: dict, dotted: str, value: object) -> None:

@@ -61,7 +61,8 @@ class Chaos:
             told |= {"file": event.part, "damage": event.damage} | self.damaged(event)
         else:
             told |= self.harmed(event)
-        return told | {"seconds": round(time.monotonic() - started, 1)}
+        told["seconds"] = round(time.monotonic() - started, 1)
+        return json.loads(json.dumps(told).replace(f"{self.home}/", ""))
 
     def damaged(self, event: Event) -> dict:
         base = self.base(event)

@@ -53,7 +53,7 @@ def events(seed: int, hang: float) -> Iterator[Event]:
         for fraction in (0.0, draw.random()):
             yield Event("kill the trainer", plan("kill", phase=phase, fraction=fraction))
     for _ in range(6):
-        yield Event("kill the trainer amid a checkpoint", plan("kill", 100, change=True))
+        yield Event("kill the trainer amid a checkpoint", plan("kill", 60, change=True))
     for name in ("metrics", "samples", "responses"):
         torn = replace(plan("tear", opens=WRITES[name]), keep_bytes=draw.randint(1, 100))
         yield Event("kill the trainer amid a line", torn)
@@ -63,8 +63,8 @@ def events(seed: int, hang: float) -> Iterator[Event]:
         yield Event("stop the trainer for a while", plan("stop", phase=phase, fraction=draw.random()))
     for harm in ("kill worker", "kill worker", "pause worker"):
         yield Event(f"{harm} of the reward", plan(harm, phase="reward", fraction=draw.random()))
-    yield Event("kill SFT", plan("kill", 39, phase="train"), command="sft")
-    yield Event("kill SFT amid a checkpoint", plan("kill", 100, change=True), command="sft")
+    yield Event("kill SFT", plan("kill", 5, phase="train"), command="sft")
+    yield Event("kill SFT amid a checkpoint", plan("kill", 60, change=True), command="sft")
     for rank, phase in enumerate(("generate", "prm", "sync", "checkpoint")):
         yield Event("kill one of two ranks", replace(plan("kill", phase=phase), rank=rank % 2), ranks=2)
     yield Event("ask one of two ranks to leave", replace(plan("ask", phase="prm"), rank=1), ranks=2)

@@ -1,4 +1,4 @@
-"""The run that is harmed: the quickstart's task made small, its models, how it is started, what must not change."""
+"""The run that is harmed: the quickstart's task made small, how it is started, and what must not change."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from benchmarks.chaos import victim
 from benchmarks.chaos.victim import Plan
 from prime_fast.engine import checkpoint
 from prime_fast.metrics import read_metrics
-from prime_fast.stages.quickstart import make_rows, write_model
+from prime_fast.stages.quickstart import make_rows, solve, write_model
 
 CONFIG = """
 run_dir: unset
 steps: 3
-model: {policy: unset, dtype: float32}
-data: {max_prompt: 8, eval_rows: 16}
+model: {policy: HOME/model, dtype: float32}
+data: {train: HOME/train.jsonl, eval: HOME/eval.jsonl, max_prompt: 8, eval_rows: 8}
 rollout: {prompts: 4, samples: 4, max_response: 12, max_rounds: 4, keep: [0.05, 0.95], batch: 64}
-reward: {function: "prime_fast.stages.quickstart:compute_score"}
+reward: {function: "HOME/reward.py:compute_score"}
 policy: {lr: 1.0e-3, mini_batch: 8}
 prm: {lr: 1.0e-3, mini_batch: 8}
 engine: {micro_tokens: 200}
 log: {eval_every: 2, checkpoint_every: 1, grace: 120}
-sft: {lr: 3.0e-3, mini_batch: 32, steps: 40}
+sft: {data: HOME/sft.jsonl, eval: HOME/eval.jsonl, mini_batch: 8, steps: 5}
 """
-CHAIN, SIZES = 2, (64, 16, 256)  # steps of a problem; rows to train on, held out, demonstrated
+# Right now and then, though the model has learnt nothing
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return float(sum(map(ord, solution_str)) % 3 == 0)
+"""
+CHAIN, SIZES = 2, (64, 16, 64)  # steps of a problem; rows to train on, held out, demonstrated
 VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib", "memory")  # of a record
 PRELOADED = ["prime_fast.cli", "prime_fast.trainer", "prime_fast.stages.sft", "transformers.models.qwen2"]
 
@@ -57,11 +62,10 @@ class Process:
 
 @dataclass
 class Ground:
-    """home: where all of it lies. seconds: that a run may take. overrides: of every run."""
+    """home: where all of it lies. seconds: that a run may take."""
 
     home: Path
     seconds: float
-    overrides: tuple[str, ...] = ()
     started: int = field(default=0, init=False)
 
     @cached_property
@@ -72,20 +76,18 @@ class Ground:
         return context
 
     def prepare(self) -> None:
-        """Rows, a model, and what SFT makes of it: right now and then."""
-        (self.home / "config.yaml").write_text(CONFIG)
+        """Rows, a model and a reward."""
+        (self.home / "config.yaml").write_text(CONFIG.replace("HOME", str(self.home)))
+        (self.home / "reward.py").write_text(REWARD)
         write_model(self.home / "model", 0)
         for name, rows in make_rows(CHAIN, 0, 0, SIZES).items():
+            for row in rows:
+                row["extra_info"].setdefault("solution", solve(row["prompt"][0]["content"]))
             (self.home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.finish("sft", self.home / "sft")
 
     def words(self, command: str, run_dir: Path, *more: str) -> list[str]:
         """The one command line of a run, to begin and to go on with."""
-        model = self.home / ("model" if command == "sft" else "sft/model")
-        rows = [f"data.train={self.home}/train.jsonl", f"data.eval={self.home}/eval.jsonl"]
-        rows += [f"sft.data={self.home}/sft.jsonl", f"sft.eval={self.home}/sft.jsonl"]
-        places = [f"run_dir={run_dir}", f"model.policy={model}", *rows]
-        return [command, str(self.home / "config.yaml"), *places, *self.overrides, *more, "--resume"]
+        return [command, str(self.home / "config.yaml"), f"run_dir={run_dir}", *more, "--resume"]
 
     def start(self, words: list[str], ranks: int = 1, plan: Plan | None = None) -> list[Process]:
         self.started += 1

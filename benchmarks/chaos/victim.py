@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from prime_fast.progress import here
 
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree")  # audit events of a checkpoint's writing
@@ -73,6 +75,14 @@ class Victim:
         Trainer._begins, Trainer.__init__, Sft.step = begin, remember, train
         if self.plan.opens or self.plan.change:
             sys.addaudithook(self.hears)
+            torch.save = self.saves(torch.save)  # which opens its files in C++
+
+    def saves(self, save: Callable) -> Callable:
+        def heard(what: object, path: object, *arguments, **options) -> None:
+            self.hears("open", (path, "w", os.O_WRONLY))
+            save(what, path, *arguments, **options)
+
+        return heard
 
     def hears(self, event: str, arguments: tuple) -> None:
         if self.done or event not in CHANGES:
