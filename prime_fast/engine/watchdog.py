@@ -79,7 +79,8 @@ class Watchdog:
     def _watch(self) -> None:
         last = time.monotonic()
         while not self.ended:
-            if select.select([self.ear], [], [], self.beat)[0]:
+            left = interrupt.left()
+            if select.select([self.ear], [], [], min(self.beat, left) if left > 0 else self.beat)[0]:
                 for number in os.read(self.ear, 64):
                     self._hear(number)
             now = time.monotonic()
