@@ -214,9 +214,10 @@ from prime_fast.progress import at
 with Watchdog(Path(sys.argv[1]), float(sys.argv[2]), hang=0, kill=lambda: None):
     at(2, "policy")
     os.kill(os.getpid(), signal.SIGUSR1)
-    time.sleep(2.2)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
+    while True:
+        time.sleep(0.5)
+        if float(sys.argv[2]) > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
