@@ -27,6 +27,7 @@ from prime_fast.progress import here
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree")  # audit events of a checkpoint's writing
 PAUSE_SECONDS = 2.0  # from SIGSTOP to SIGCONT
 FILLER = "filler"
+WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of the process group its parent may be in
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ def run(arguments: list[str], log: str, environment: dict[str, str], plan: dict 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    for name in WORLD:
+        os.environ.pop(name, None)
     os.environ.update(environment)
     from prime_fast.cli import main
 
