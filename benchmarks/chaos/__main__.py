@@ -117,7 +117,7 @@ class Chaos:
             return told | {"outcome": "ended"} | self.compare(event, run, base)
         finally:
             if event.small_disk:
-                subprocess.run(["umount", str(disk)], check=True)
+                subprocess.run(["umount", "-l", str(disk)], check=True)
 
     def compare(self, event: Event, run: Path, base: Path) -> dict:
         if event.engine == "vllm":
