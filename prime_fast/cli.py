@@ -63,7 +63,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if not isinstance(error, Stop):
             raise
         say(f"prime-fast: {error}", sys.stderr)
-        return 1
+        return error.code
 
 
 def _is_ours(error: Exception) -> bool:
@@ -273,7 +273,7 @@ def _train(options: argparse.Namespace) -> int:
     from prime_fast.engine.checkpoint import intact, latest
     from prime_fast.trainer import Trainer
 
-    device = zero.start()
+    device = zero.start(config.log.hang)
     newest = _together(lambda: newest and intact(Path(config.run_dir)))
 
     def check() -> tuple[dict, set[str]]:
@@ -287,8 +287,8 @@ def _train(options: argparse.Namespace) -> int:
     known, renewed = distributed.gather_lists([_together(check)])[0]
     trainer = Trainer(config, device, replace(inputs, identity=known))
     trainer.profile = profile or trainer.profile
-    if not _finishes(trainer, config, newest, config.steps, renewed):
-        return 1
+    if code := _run(trainer, config, newest, config.steps, renewed):
+        return code
     if distributed.rank() == 0:
         if profile and not profile.made:
             say("no profile: the run ended before, or was resumed behind, the step to profile")
@@ -309,42 +309,45 @@ def _sft(options: argparse.Namespace) -> int:
     from prime_fast.engine.checkpoint import intact
     from prime_fast.stages import sft
 
-    device = zero.start()
+    device = zero.start(config.log.hang)
     newest = _together(lambda: newest and intact(Path(config.run_dir)))
     inputs = _together(lambda: sft.load_inputs(config))
     renewed = _together(lambda: resume.check(newest, inputs.identity, accepted, sft.STAGE) if newest else set())
     trainer = sft.Sft(config, device, inputs)
-    if not _finishes(trainer, config, newest, config.sft.steps, renewed):
-        return 1
+    if code := _run(trainer, config, newest, config.sft.steps, renewed):
+        return code
     if distributed.rank() == 0:
         print(f"wrote {trainer.directory}")
         _name_the_best(config, "validation loss")
     return 0
 
 
-def _finishes(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int, renewed: set[str]) -> bool:
-    """Run all of it, from the checkpoint `newest` on; whether it came to its end, or was stopped with a checkpoint."""
+def _run(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int, renewed: set[str]) -> int:
+    """Run all of it, from the checkpoint `newest` on; the exit code, not 0 if it was stopped with a checkpoint."""
     from prime_fast.engine import distributed
-    from prime_fast.engine.checkpoint import forget_scores, latest
+    from prime_fast.engine.checkpoint import forget_scores
+    from prime_fast.engine.watchdog import Watchdog, way_on
 
-    try:
-        first = trainer.restore(newest, renewed) if newest else 1
-        if "data" in renewed:
-            forget_scores(Path(config.run_dir))
-        trainer.run(_open_run(config, first - 1, steps), first)
-    except (distributed.Stop, OSError) as error:
-        full = isinstance(error, OSError)
-        if full and error.errno not in durable.FULL:
-            raise
-        newest = latest(Path(config.run_dir))
-        after = f"continue from {newest} with --resume" if newest else "no checkpoint was written yet"
-        if full or distributed.rank() == 0:
-            told = f"{error.filename} could not be written ({error.strerror})" if full else error
-            say(f"prime-fast: {told}; {after}", sys.stderr)
-        return False
-    finally:
-        trainer.close()
-    return True
+    run_dir = Path(config.run_dir)
+    with Watchdog(run_dir, config.log.grace, config.log.hang, trainer.kill):
+        try:
+            first = trainer.restore(newest, renewed) if newest else 1
+            if "data" in renewed:
+                forget_scores(run_dir)
+            trainer.run(_open_run(config, first - 1, steps), first)
+        except distributed.Stop as error:
+            if distributed.rank() == 0:
+                say(f"prime-fast: {error}; {way_on(run_dir)}", sys.stderr)
+            return error.code
+        except OSError as error:
+            if error.errno not in durable.FULL:
+                raise
+            told = f"{error.filename} could not be written ({error.strerror})"
+            say(f"prime-fast: {told}; make room, then {way_on(run_dir)}", sys.stderr)
+            return 1
+        finally:
+            trainer.close()
+    return 0
 
 
 def _together(work: Callable[[], T]) -> T:

@@ -206,6 +206,12 @@ class LogConfig(Section):
     checkpoint_every: NotNegative = 50  # steps; 0 = only at the end
     keep: Positive = 2  # newest checkpoints; the best of those made at an evaluated step is kept besides
     tensorboard: bool = False
+    # seconds from SIGTERM or SIGUSR1 to the end of the run, which saves what it can until then. Slurm, Kubernetes and
+    # torchrun give 30 unless told otherwise
+    grace: Annotated[float, Number, Field(gt=0, le=DAY)] = 25.0
+    # seconds without progress on any rank after which the run ends and tells where each stands; 0 = never. What takes
+    # longest without a sign of progress is the writing of a large model's checkpoint
+    hang: Annotated[float, Number, Field(ge=0, le=DAY)] = 1800.0
 
 
 class Config(Section):

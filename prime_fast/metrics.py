@@ -32,9 +32,11 @@ class Phases:
         self._peak: dict[str, int] = {}
         self._running: list[str] = []
         self.mark: Callable[[str], AbstractContextManager] = nullcontext  # entered around each phase, with its name
+        self.begins: Callable[[str], None] = lambda name: None  # called before each phase
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.begins(name)
         self._note_peak()
         self._running.append(name)
         start = _now()

@@ -61,6 +61,28 @@ def lasting_output() -> Iterator[None]:
         yield
 
 
+class Position:
+    """Where this process is, for those who ask from outside (`engine.watchdog`)."""
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.since = 0, "start", time.time()
+        self.moves = 0  # grows with all that gets done
+
+
+here = Position()
+
+
+def at(step: int, phase: str) -> None:
+    """A phase of a step begins."""
+    if (step, phase) != (here.step, here.phase):
+        here.step, here.phase, here.since = step, phase, time.time()
+    moved()
+
+
+def moved() -> None:
+    here.moves += 1
+
+
 class Tick:
     """Called after each piece of work: `tick()`, `tick(3)`; `tick(0, more=9)` where more work has turned up.
 
@@ -81,6 +103,8 @@ class Tick:
         self.next = self.start + quiet if speaks else math.inf
 
     def __call__(self, pieces: int = 1, *, more: int = 0, tokens: int = 0, note: str | None = None) -> None:
+        if pieces:
+            moved()
         self.done += pieces
         self.tokens += tokens
         if more:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Collection
@@ -15,14 +16,14 @@ import prime_kernels
 from prime_fast import passes, preflight, prime, profile, step_labels
 from prime_fast.config import Config, OptimizerConfig
 from prime_fast.credit import Credit
-from prime_fast.engine import checkpoint, distributed
+from prime_fast.engine import checkpoint, distributed, interrupt
 from prime_fast.engine.batch import Batch, Group
 from prime_fast.engine.writing import Checkpoints
 from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
 from prime_fast.memory import measured
 from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
-from prime_fast.progress import progress, say
+from prime_fast.progress import at, progress, say
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import make_engine
 from prime_fast.rollout.collect import Collector
@@ -78,6 +79,9 @@ class Trainer:
         self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
         self.record: dict[str, Any] = {}  # metrics of the step in work, as far as they are known
         self.moved: set[str] = set()  # models whose weights it has changed so far
+        self.stream: Stream | None = None  # its passes of reference and PRM, as long as they go on
+        self.whole = False  # nothing but its evaluation is missing
+        self.unwritten: dict[str, Any] | None = None  # the record of such a step, after a resume
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
         """Train to config.steps, or until nothing is left to learn. `log` is given on rank 0.
@@ -85,19 +89,24 @@ class Trainer:
         Whatever stops all ranks, a checkpoint of all that was trained is left.
         """
         config, evaluates = self.config, self.inputs.eval is not None and self.config.log.eval_every > 0
+        self.phases.begins = self._begins
         if first_step == 1:
             with progress("self-check", at_once=True):
                 preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
             if evaluates:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
-        for step in range(first_step, config.steps + 1):
+        for step in range(first_step - (self.unwritten is not None), config.steps + 1):
             self.checkpoints.poll()
-            before = self._state()
+            before, stopped_by = self._state(), None
             try:
-                with self.profile(step, self.phases):
-                    self.step(step)
-                stopped_by = self._watch()
+                if self.unwritten is None:
+                    with self.profile(step, self.phases):
+                        self.step(step)
+                    stopped_by = self._watch()
+                else:
+                    self.record, self.unwritten = self.unwritten, None
                 ending = None if stopped_by else self._ending()
+                self.whole = True
                 last = step == config.steps or ending is not None
                 if evaluates and (step % config.log.eval_every == 0 or last):
                     self.record |= self._evaluate(step)
@@ -116,14 +125,14 @@ class Trainer:
                 if log is not None:
                     print(ending, flush=True)
                 break
-        self.checkpoints.finish()
+        self._finish_saving()
 
     def step(self, step: int) -> dict[str, Any]:
         """One PRIME step; returns its metrics, which `self.record` holds as far as they are known at any moment."""
         config, phases = self.config, self.phases
         prime_kernels.last_used.clear()
-        self.record, self.moved = {"step": step}, set()
-        stream = self._stream(step, config.rollout.prompts, waves=True) if self.overlaps else None
+        self.record, self.moved, self.whole = {"step": step}, set(), False
+        self.stream = stream = self._stream(step, config.rollout.prompts, waves=True) if self.overlaps else None
         try:
             groups, record, fresh = self.collector.collect(phases, stream, last=step == config.steps)
         finally:
@@ -139,7 +148,9 @@ class Trainer:
             batch = Batch.of(groups, self.rollout.version) if groups else None
             self.rollout.sleep()
             self._unpark()
-            failure = self._update(step, batch, others, stream or self._given(step, groups))
+            self.stream = stream or self._given(step, groups)
+            failure = self._update(step, batch, others, self.stream)
+            self.stream = None
             self._park()
         self._count(empty=empty, skip_reason=nothing if empty else failure)
         with phases("sync"):
@@ -269,8 +280,32 @@ class Trainer:
             )
         return f"finished early: {nothing}. Harder rows (--resume --accept data) teach more; rollout.patience=0 waits"
 
+    def _begins(self, phase: str) -> None:
+        """Every phase begins here, on every rank at the same point: where the run is asked to leave, it stops.
+
+        At once as long as the last whole step is what can be saved; else the step is made to its end, or what of it was
+        trained is kept if time is up before the policy's turn.
+        """
+        step = self.record.get("step", 0)
+        at(step, phase)
+        if phase == "checkpoint":
+            return
+        urgency = interrupt.agreed()
+        if self.stream and self.stream.moved:
+            self.moved.add("prm")
+        can_go_back = self.whole or not self.moved
+        if urgency and (can_go_back or (urgency == interrupt.NOW and "policy" not in self.moved)):
+            raise interrupt.Preempted(f"asked to leave in step {step}, phase {phase}")
+
     def _save_what_was_trained(self, log: MetricsLog | None, step: int, before: dict[str, Any]) -> None:
-        """Leave a checkpoint; of this step if a weight has moved in it, else of the one before, to be made anew."""
+        """Leave a checkpoint; of this step if a weight has moved in it, else of the one before, to be made anew.
+
+        A whole step is written down once it is evaluated, after --resume.
+        """
+        if self.whole:
+            self.save(step, self.record)
+            self._finish_saving()
+            return
         if self.moved:
             self._write(log, {"skipped": self.counts["skipped"]} | self.record)
         else:
@@ -279,17 +314,24 @@ class Trainer:
             self.watch.load_state_dict(before["watch"])
             self.counts = before["counts"]
         done = step if self.moved else step - 1
-        self.checkpoints.finish()
+        self._finish_saving()
         newest = checkpoint.latest(Path(self.config.run_dir))
         if done and (newest is None or newest.name != f"step-{done:06d}"):
             self.save(done)
-            self.checkpoints.finish()
+            self._finish_saving()
 
-    def save(self, step: int) -> None:
-        """Begin to write a checkpoint; `self.checkpoints.finish()` waits for it."""
+    def save(self, step: int, unwritten: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint, which `_finish_saving` waits for."""
+        state = self._state()
+        if unwritten is not None:
+            state["unwritten"] = json.dumps(unwritten)
         with self.phases("checkpoint"):
             score = self.record.get("eval_accuracy")
-            self.checkpoints.save(step, self._trained(), self.inputs.tokenizer, self._state(), score)
+            self.checkpoints.save(step, self._trained(), self.inputs.tokenizer, state, score)
+
+    def _finish_saving(self) -> None:
+        with self.phases("checkpoint"):
+            self.checkpoints.finish()
 
     def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
         """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
@@ -301,6 +343,7 @@ class Trainer:
         if "watch" in state and not {"data", "reward"} & set(renewed):  # other rows have other lengths and outcomes
             self.watch.load_state_dict(state["watch"])
         self.counts = state["counts"]
+        self.unwritten = json.loads(state["unwritten"]) if "unwritten" in state else None
         if {"data", "reward"} & set(renewed):
             self.counts["empty_in_a_row"] = 0
         self._park()
@@ -308,10 +351,15 @@ class Trainer:
         return state["step"] + 1
 
     def close(self) -> None:
-        self.checkpoints.close()
+        with self.phases("checkpoint"):
+            self.checkpoints.close()
         self.rollout.close()
         self.collector.close()
         self.pool.close()
+
+    def kill(self) -> None:
+        """From any thread: this process ends at once, and the reward's workers with it. So must the engine."""
+        self.rollout.kill()
 
     def _engine(self, role: str, path: str, optimizer: OptimizerConfig | None) -> Engine:
         return Engine(role, path, self.plan.model(role), self.config.engine, optimizer, self.device)
@@ -416,8 +464,10 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         """Greedy, on the held-out rows; rank 0 keeps the responses in run_dir/eval."""
         outputs = Path(self.config.run_dir) / "eval" / f"step-{step:06d}.jsonl"
+        quiet = Phases()  # rollouts that count as the evaluation
+        quiet.begins = lambda _: self._begins("eval")
         with self.phases("eval"):
-            groups = self.collector.greedy(self.inputs.eval)
+            groups = self.collector.greedy(self.inputs.eval, quiet)
             here = outputs if distributed.rank() == 0 else None
             return evaluate.during_training(self.inputs.eval, groups, self.inputs.tokenizer, here)
 

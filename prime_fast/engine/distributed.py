@@ -13,15 +13,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest generation
+HANG = 1800.0  # seconds, see LogConfig.hang
+# A rank may wait for one that gets on, with a long generation, longer than the watchdog lets all of them stand still
+TIMEOUT_PER_HANG = 4
+NEVER = timedelta(days=365)
+collective_timeout = timedelta(seconds=TIMEOUT_PER_HANG * HANG)
 
 
 class Stop(RuntimeError):
     """The run cannot go on. Every rank raises it at the same point, so that a checkpoint can be left."""
 
+    code = 1  # with which the program then ends
 
-def initialize() -> torch.device:
-    """Join the process group that torchrun described, or form a world of one; returns this rank's device."""
+
+def initialize(hang: float = HANG) -> torch.device:
+    """Join the process group that torchrun described, or form a world of one; returns this rank's device.
+
+    hang: seconds without any progress after which the watchdog ends a run; 0 = never. It is to speak first.
+    """
+    global collective_timeout
+    collective_timeout = timedelta(seconds=TIMEOUT_PER_HANG * hang) if hang else NEVER
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -31,7 +42,7 @@ def initialize() -> torch.device:
     if on_gpu:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=collective_timeout)
         atexit.register(dist.destroy_process_group)
     return here
 

@@ -158,7 +158,7 @@ def sequence_group(size: int) -> SequenceGroup:
     process_group = None
     if size > 1:
         firsts = range(0, ranks, size)
-        made = [dist.new_group(range(first, first + size), timeout=distributed.TIMEOUT) for first in firsts]
+        made = [dist.new_group(range(first, first + size), timeout=distributed.collective_timeout) for first in firsts]
         process_group = made[rank // size]
     return SequenceGroup(size, rank % size, rank // size, ranks // size, process_group)
 

@@ -24,7 +24,7 @@ import torch
 
 from prime_fast import durable
 from prime_fast.durable import Written
-from prime_fast.engine import distributed, manifest, shards, tensors
+from prime_fast.engine import distributed, interrupt, manifest, shards, tensors
 from prime_fast.engine.checkpoint import BEST, FORMAT, IDENTITY, LATEST, listed, named_by, step_of
 from prime_fast.engine.zero import Content, Engine
 from prime_fast.progress import progress, say
@@ -87,6 +87,7 @@ class Checkpoints:
             self._give_up()
             raise distributed.Stop(failed)
         if all(done for done, _ in states):
+            interrupt.took(self.writing.seconds)
             self.writing = None
 
     def finish(self) -> None:
@@ -130,6 +131,7 @@ class _Writing(Thread):
         super().__init__(name="checkpoint", daemon=True)
         self.partial, self.files, self.commit = partial, files, commit
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        self.begun, self.seconds = time.perf_counter(), 0.0
         self.patience = math.inf  # seconds that the other ranks' parts are waited for
         self.done, self.failure = False, None
 
@@ -143,6 +145,7 @@ class _Writing(Thread):
                 self.commit(everything)
         except Exception as error:  # whatever it is, the trainer raises it
             self.failure = _told(self.partial, error)
+        self.seconds = time.perf_counter() - self.begun
         self.done = True
 
     def leave(self, patience: float) -> None:

@@ -55,7 +55,7 @@ class StepResult(NamedTuple):
     applied: bool
 
 
-def start() -> torch.device:
+def start(hang: float = distributed.HANG) -> torch.device:
     """Join the process group and quieten DeepSpeed; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -63,7 +63,7 @@ def start() -> torch.device:
     if not torch.cuda.is_available():
         # gloo serves; DeepSpeed's shared-memory all-reduce would need a C++ compiler and 20 s to build it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = distributed.initialize()
+    device = distributed.initialize(hang)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
 

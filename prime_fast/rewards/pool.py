@@ -55,7 +55,7 @@ class RewardPool:
         started are killed and the sample scores 0.0. A program is stopped a little before, and keeps its share.
     sandbox: "namespaces", or "rlimits-only" to run programs without isolation (`rewards.sandbox`).
     counts: {"timeouts", "errors", "crashes"}: how many samples so far ran out of time; scored 0.0 because the reward
-        function raised; because the worker died.
+        function raised; because the worker died, twice.
     sources: {module: digest} of your function's code (`sources.of`), once a worker has started.
 
     Raises ValueError if the reward is unknown, cannot be imported or has another signature, or if this machine cannot
@@ -130,6 +130,7 @@ class RewardPool:
 
     def _judge(self, responses, rows, tick):
         verdicts, waiting, left = [None] * len(rows), deque(range(len(rows))), len(rows)
+        crashed = set()
         self._wait(0)  # notices workers that died since the last call
         while left:
             while len(self._pool) < min(self.workers, left):
@@ -140,6 +141,10 @@ class RewardPool:
                     worker.send(sample, self._request(responses[sample], rows[sample]), self.timeout)
                     self._watch(worker)
             for sample, reply in self._wait():
+                if "crash" in reply and sample not in crashed:  # maybe of something else: out of memory, a kill
+                    crashed.add(sample)
+                    waiting.append(sample)
+                    continue
                 verdicts[sample] = self._verdict(reply, rows[sample], f"row {sample} of the batch")
                 left -= 1
                 tick()

@@ -78,6 +78,9 @@ class RolloutEngine:
     def close(self) -> None:
         """Release everything."""
 
+    def kill(self) -> None:
+        """End what runs in other processes, at once, whatever this one does."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

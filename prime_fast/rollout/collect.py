@@ -145,9 +145,10 @@ class Collector:
         overstart = self.turn - 1 - passing[need - 1].id if 0 < need <= len(passing) else 0
         return kept, record | {"overstart": overstart, "wasted": wasted * self.config.samples}, fresh
 
-    def greedy(self, rows: Rows) -> list[Group]:
+    def greedy(self, rows: Rows, phases: Phases | None = None) -> list[Group]:
         """One greedy response to each of `rows`, in their order."""
-        keys, phases = [-1 - i for i in range(len(rows))], Phases()  # ids of groups that train are not negative
+        keys = [-1 - i for i in range(len(rows))]  # ids of groups that train are not negative
+        phases = phases or Phases()
         self._submit({key: (i, [0]) for i, key in enumerate(keys)}, rows, temperature=0.0)
         with progress("evaluating", len(rows), "problems") as self.tick:
             while not self.arrived.keys() >= set(keys):

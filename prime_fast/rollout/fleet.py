@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from prime_fast.engine import distributed
+from prime_fast.engine import distributed, interrupt
 from prime_fast.engine.batch import Sample
 from prime_fast.progress import say
 from prime_fast.rollout import TICK_SECONDS, EngineDied, EngineError, Request, RolloutEngine, release_cached
@@ -91,6 +91,8 @@ class Fleet:
         self.submit(requests)
         results: dict[int, list[Sample]] = {}
         while len(results) < len(requests):
+            if interrupt.agreed():
+                raise interrupt.Preempted("asked to leave before the first step")
             results |= dict(distributed.gather_lists(self.step()))
         return results
 
@@ -124,6 +126,11 @@ class Fleet:
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
+
+    def kill(self) -> None:
+        """From any thread, at once, before this process ends without a word."""
+        if self.engine is not None:
+            self.engine.kill()
 
     def _push(self) -> None:
         weights = self.weights()

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from prime_fast.data.models import source
+from prime_fast.engine import interrupt
 from prime_fast.engine.batch import Sample
+from prime_fast.progress import moved
 from prime_fast.rollout import EngineError, Request, RolloutEngine
 
 COMPACT_BELOW = 0.75  # drop finished sequences from the cache once fewer than this share is still running
@@ -67,11 +69,15 @@ class HFEngine(RolloutEngine):
                 break
             chosen.append(self.waiting.pop())
             count += len(chosen[-1].seeds)
-        samples = self._decode([request.prompt for request in chosen], [request.seeds for request in chosen], *like)
+        made = list(self._decode([request.prompt for request in chosen], [request.seeds for request in chosen], *like))
+        if not made:
+            self.waiting += chosen
+            return []
+        samples = iter(made)
         return [(request.key, [next(samples) for _ in request.seeds]) for request in chosen]
 
     def _decode(self, prompts, seeds, max_tokens: int, temperature: float, top_p: float) -> Iterator[Sample]:
-        """Yields a Sample per (prompt, seed) in order."""
+        """Yields a Sample per (prompt, seed) in order; none if the run is asked to leave meanwhile."""
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -96,6 +102,9 @@ class HFEngine(RolloutEngine):
         stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
         running = torch.arange(count, device=self.device)  # which sequence each cache row belongs to
         for step in range(max_tokens):
+            moved()
+            if interrupt.asked():
+                return
             chosen, chosen_logprob = _sample(logits, draws[running, step], temperature, top_p)
             tokens[running, step], logprob[running, step] = chosen, chosen_logprob
             ends = torch.isin(chosen, self.eos) & ~stopped[running]

@@ -225,6 +225,10 @@ class EngineProcess(RolloutEngine):
     def close(self) -> None:
         self.finalizer()
 
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def _send_bucket(self, entries: list[Entry], flat: Tensor) -> None:
         if flat.is_cuda:
             torch.cuda.current_stream().synchronize()  # the reader is in another process: its stream cannot wait

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from prime_fast.engine import interrupt
 from prime_fast.engine.batch import Sample
 
 BEAT_SECONDS = 1.0
@@ -32,6 +33,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the trainer's end is ours, however it comes
     if os.getppid() != parent:
         return
+    for number in interrupt.SIGNALS:  # as Ctrl-C: the trainer takes care of it, and of this process
+        signal.signal(number, signal.SIG_IGN)
     os.dup2(2, 1)  # stdout belongs to the trainer
     outbox: queue.Queue = queue.Queue()
     threading.Thread(target=deliver, args=(connection, outbox), daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from prime_fast import identity
 from prime_fast.config import Config
 from prime_fast.data.models import load_tokenizer
 from prime_fast.data.rows import PromptSampler, Rows, load_demonstrations
-from prime_fast.engine import checkpoint, distributed, packing, ulysses
+from prime_fast.engine import checkpoint, distributed, interrupt, packing, ulysses
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.writing import Checkpoints, export
 from prime_fast.engine.zero import Engine
@@ -27,7 +28,7 @@ from prime_fast.memory import measured
 from prime_fast.memory.plan import alone
 from prime_fast.metrics import MetricsLog, peak_gib
 from prime_fast.preflight import sample_evenly
-from prime_fast.progress import progress
+from prime_fast.progress import at, progress
 from prime_fast.schedule import learning_rate
 from prime_fast.trainer import MAX_FAILED
 
@@ -75,17 +76,28 @@ class Sft:
         self.engine = Engine(STAGE, config.model.policy, model, config.engine, config.sft, device)
         self.checkpoints = Checkpoints(Path(config.run_dir), config.log.keep)
         self.counts = {"skipped": 0, "failed_in_a_row": 0}
+        self.saved = 0  # the last step of which there is a checkpoint
+        self.unwritten: dict[str, Any] | None = None  # as in the trainer: of a step that is to be evaluated yet
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
         """Train to config.sft.steps. `log` is given on rank 0. Raises Stop, after a checkpoint, where updates fail."""
         section, every = self.config.sft, self.config.log
         evaluates = bool(self.inputs.held_out) and every.eval_every > 0
         if first_step == 1 and evaluates:
+            at(0, "eval")
             self._write(log, {"step": 0, "eval_loss": self.validation_loss()})
-        for step in range(first_step, section.steps + 1):
+        for step in range(first_step - (self.unwritten is not None), section.steps + 1):
             self.checkpoints.poll()
-            record, last = self.step(step), step == section.steps
+            if self.unwritten is None:
+                self._leave_if_asked(step - 1)
+                at(step, "train")
+                record = self.step(step)
+            else:
+                record, self.unwritten = self.unwritten, None
+            last = step == section.steps
             if evaluates and (step % every.eval_every == 0 or last):
+                self._leave_if_asked(step, record)
+                at(step, "eval")
                 record["eval_loss"] = self.validation_loss()
             self._write(log, record)
             stops = self.counts["failed_in_a_row"] >= MAX_FAILED
@@ -124,22 +136,39 @@ class Sft:
         """Mean negative log-likelihood of the held-out responses, nats per token."""
         return response_nll(self.engine, *_tensors(self.inputs.held_out), self.config.engine.micro_tokens)
 
-    def save(self, step: int, eval_loss: float | None = None) -> None:
+    def _leave_if_asked(self, done: int, unwritten: dict[str, Any] | None = None) -> None:
+        """With a checkpoint of step `done`. unwritten: its record, if it is to be evaluated yet."""
+        if not interrupt.agreed():
+            return
+        if done > self.saved:
+            self.save(done, unwritten=unwritten)
+        self.checkpoints.finish()
+        raise interrupt.Preempted(f"asked to leave after step {done}")
+
+    def save(self, step: int, eval_loss: float | None = None, unwritten: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint. eval_loss: of these very weights."""
+        at(step, "checkpoint")
         state = {"stage": STAGE, "sampler": self.sampler.state_dict(), "counts": dict(self.counts)}
         state |= {"identity": self.inputs.identity}
+        if unwritten is not None:
+            state["unwritten"] = json.dumps(unwritten)
         score = None if eval_loss is None else -eval_loss
         self.checkpoints.save(step, {"policy": self.engine}, self.inputs.tokenizer, state, score)
+        self.saved = step
 
     def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
         """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
         state = checkpoint.load(directory, {"policy": self.engine}, STAGE)
         self.sampler.load_state_dict(state["sampler"], "data" in renewed)
-        self.counts = state["counts"]
+        self.counts, self.saved = state["counts"], state["step"]
+        self.unwritten = json.loads(state["unwritten"]) if "unwritten" in state else None
         return state["step"] + 1
 
     def close(self) -> None:
         self.checkpoints.close()
+
+    def kill(self) -> None:
+        """Nothing runs elsewhere."""
 
     def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
         if log is not None:

@@ -53,6 +53,9 @@ ACTOR = """
             return float(sys.stdin.read() == "")
         elif what == "die":
             os.kill(os.getpid(), 9)
+        elif what == "once" and not os.path.exists(value):
+            open(value, "w").close()
+            os.kill(os.getpid(), 9)
         elif what == "exit":
             sys.exit(0)
         elif what == "raise":
@@ -174,6 +177,11 @@ class TestPool:
         with RewardPool(actor, workers=1) as pool:
             assert pool.score(["ok", what, "ok"], [ROW] * 3) == [0.25, 0.0, 0.25]
             assert pool.counts == {"timeouts": 0, "errors": 0, "crashes": 1}
+
+    def test_a_sample_whose_worker_died_is_tried_once_more(self, actor, tmp_path):
+        with RewardPool(actor, workers=1) as pool:
+            assert pool.score(["ok", f"once {tmp_path / 'died'}", "ok"], [ROW] * 3) == [0.25] * 3
+            assert (tmp_path / "died").exists() and pool.counts["crashes"] == 0
 
     def test_worker_that_died_between_calls_costs_no_sample(self, actor, tmp_path):
         with RewardPool(actor, workers=1) as pool:

@@ -210,8 +210,8 @@ def watched(monkeypatch):
     def watched_evaluate(self, step):
         original = self.collector.greedy
 
-        def greedy(rows):
-            groups = original(rows)
+        def greedy(rows, phases):
+            groups = original(rows, phases)
             policy = {name: tensor.clone() for name, tensor in self.policy.weights()}
             seen["evaluations"].append((len(self.collector.started), policy, groups))
             return groups
