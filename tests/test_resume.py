@@ -258,17 +258,18 @@ def test_a_model_of_the_hub_is_its_commit(made, tmp_path):
     home = tmp_path / "hub/models--some--model"
     (home / "refs").mkdir(parents=True)
     settings = json.loads((made / "model/config.json").read_text())
-    for layers, (name, commit) in enumerate(commits.items(), 1):
+    for length, (name, commit) in enumerate(commits.items(), 64):
         (home / "refs" / name).write_text(commit)
         (home / "snapshots" / commit).mkdir(parents=True)
-        changed = json.dumps(settings | {"num_hidden_layers": layers})
+        changed = json.dumps(settings | {"max_position_embeddings": length})
         (home / "snapshots" / commit / "config.json").write_text(changed)
     names = ["some/model", "some/model@v1", f"some/model@{commits['v1']}"]
     code = "from prime_fast import identity; from prime_fast.data.models import model_config\n"
-    code += f"for n in {names}: print(identity.model(n), model_config(n).num_hidden_layers)"
+    code += f"for n in {names}: print(identity.model(n), model_config(n).max_position_embeddings)"
     environment = processes.environment(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    told = processes.run([sys.executable, "-c", code], env=environment).stdout.splitlines()
-    assert told == [f"commit {commits['main']} 1", *[f"commit {commits['v1']} 2"] * 2]
+    done = processes.run([sys.executable, "-c", code], env=environment)
+    told = done.stdout.splitlines()
+    assert told == [f"commit {commits['main']} 64", *[f"commit {commits['v1']} 65"] * 2], done.stderr
 
 
 def test_a_tokenizer_that_was_used_is_the_same(workspace):
