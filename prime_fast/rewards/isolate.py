@@ -59,6 +59,19 @@ def packages() -> list[str]:
     return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
 
+def _expendable(parent: int) -> None:
+    """Before this process becomes the guest: it ends with `parent`, and is the first to go where memory runs out."""
+    libc.prctl(PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+    if os.getppid() != parent:
+        os._exit(1)
+    _first_to_go()
+
+
+def _first_to_go() -> None:
+    with suppress(FileNotFoundError):  # no /proc
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def has_nobody() -> bool:
     """Whether this process is a root that can run others as nobody."""
     spans = (line.split() for line in Path("/proc/self/uid_map").read_text().splitlines())
@@ -145,6 +158,7 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
     try:
         if not os.read(wait_fd, 1):
             os._exit(1)
+        _first_to_go()
         sources = {path: os.open(path, os.O_PATH | os.O_NOFOLLOW) for path in (*_visible(), *DEVICES)}
         if os.getuid() != INSIDE_ID:  # root has become nobody; only now, as Python may lie in root's home
             os.setgroups([])
@@ -229,4 +243,5 @@ def _visible() -> list[str]:
 
 
 def _detached() -> dict:
-    return {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    null, parent = subprocess.DEVNULL, os.getpid()
+    return {"stdout": null, "stderr": null, "start_new_session": True, "preexec_fn": lambda: _expendable(parent)}

@@ -4,13 +4,17 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
+
+from prime_fast.rewards.functions import BUILT_IN
 
 START_SECONDS = 120.0  # for a worker to import what it needs; not counted against any sample
 END_SECONDS = 30.0  # for a killed worker and its descendants to be gone
@@ -28,6 +32,11 @@ class Worker:
         life, self.life = os.pipe()  # ours is closed when this process ends, however it ends
         command = [sys.executable, "-m", "prime_fast.rewards.worker", reward, str(theirs.fileno()), str(life), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.folder = None
+        if reward in BUILT_IN:  # what its programs write where nothing isolates them; removed whoever is killed
+            self.folder = tempfile.mkdtemp(prefix="prime-fast-")
+            os.chmod(self.folder, 0o711)
+            environment["TMPDIR"] = self.folder
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -84,3 +93,5 @@ class Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)  # until the wait nobody else can have its id
             self.process.wait()
         self.socket.close()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -24,8 +24,10 @@ from prime_fast.rewards.isolate import Refused
 
 MEMORY_BYTES = 1 << 30
 OUTPUT_BYTES = 4 << 20  # of one test's standard output, and of any file
-LIMITS = {"memory": MEMORY_BYTES, "output": OUTPUT_BYTES, "fsize": OUTPUT_BYTES, "nofile": 64, "nproc": 256}
-REPLY_BYTES = 8 * OUTPUT_BYTES  # JSON may need six characters for one
+REPLY_BYTES = 1 << 20  # of a call's value, as JSON
+LIMITS = {"memory": MEMORY_BYTES, "output": OUTPUT_BYTES, "reply": REPLY_BYTES, "fsize": OUTPUT_BYTES}
+LIMITS |= {"nofile": 64, "nproc": 256, "sigpending": 64}  # the last also limits timers
+FRAME_BYTES = 8 * OUTPUT_BYTES  # of the guest's own process; JSON may need six characters for one
 START_SECONDS = 30.0
 LAST_RESORT = 'or, at the risk of all this user can reach, set the sandbox to "rlimits-only"'
 SWITCHES = {  # file: (value that forbids user namespaces, value that allows them)
@@ -68,7 +70,7 @@ class Sandbox:
         with suppress(BrokenPipeError, ConnectionResetError):
             self.channel.sendall(HEADER.pack(len(body)) + body)
         (size,) = HEADER.unpack(self._receive(HEADER.size, deadline))
-        if size > REPLY_BYTES:
+        if size > FRAME_BYTES:
             raise ValueError(f"a reply of {size} bytes")
         reply = json.loads(self._receive(size, deadline))
         if not isinstance(reply, dict):

@@ -1,8 +1,8 @@
 """A reward worker, `python -m prime_fast.rewards.worker REWARD SOCKET LIFE TIMEOUT SANDBOX`: made by `rewards.pool`.
 
 SOCKET and LIFE are inherited file descriptors. Frames on the socket: requests [response, row]; replies {"ready": true}
-with "sources" once, then {"score": x} (with "timeout": true if a program was stopped) or {"error": text} for each
-request, or {"fatal": text} if no row can be scored.
+with "sources" once, then {"score": x} (of a program with its "usage", and "timeout": true if it was stopped) or
+{"error": text} for each request, or {"fatal": text} if no row can be scored.
 
 It is two processes: the one that scores, and its parent that watches LIFE. When the pool closes LIFE or dies, however
 it dies, or when the scoring process ends, the watcher ends every descendant, in whatever session it is.
@@ -19,6 +19,7 @@ import sys
 from contextlib import suppress
 
 from prime_fast.rewards import sources
+from prime_fast.rewards.code import Score
 from prime_fast.rewards.functions import BUILT_IN, BadReward, load_reward
 from prime_fast.rewards.process import HEADER
 
@@ -60,13 +61,15 @@ def main(reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandb
 
 def _run(function, response: str, row: dict) -> dict:
     try:
-        return {"score": float(function(response, row))}
+        score = function(response, row)
+        reply = {"score": float(score)}
+        if isinstance(score, Score):
+            usage = {"seconds": score.usage.seconds, "memory": score.usage.memory, "limits": sorted(score.usage.limits)}
+            reply |= {"usage": usage, "timeout": score.stopped}
+        return reply
     except BadReward:
         raise
     except Exception as error:
-        code = sys.modules.get("prime_fast.rewards.code")  # which only code rewards load
-        if code and isinstance(error, code.OutOfTime):
-            return {"score": error.score, "timeout": True}
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_CHARS]}  # on one line
 
 
