@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from prime_fast.rewards.asserts import Claim, read_asserts
 from prime_fast.rewards.compare import read_value, same_text, same_value
@@ -31,20 +31,22 @@ class Stopped(Exception):
     """The program had used up its CPU time, or the machine's memory."""
 
 
-@dataclass
-class Usage:
+class Usage(NamedTuple):
     """What a program took, over all its tests."""
 
     seconds: float = 0.0  # of CPU time
     memory: int = 0  # bytes, the most that a process of it held
-    limits: set[str] = field(default_factory=set)  # that it hit, of LIMITS
+    limits: tuple[str, ...] = ()  # that it hit, of LIMITS
 
-    def add(self, reply: dict) -> None:
+    def hit(self, limit: str | None) -> "Usage":
+        return self._replace(limits=tuple(name for name in LIMITS if name in (limit, *self.limits)))
+
+    def with_reply(self, reply: dict) -> "Usage":
+        """reply: of the sandbox's own process, see `guest`."""
         each = "output" in reply  # the process of one test; else the program's only one
         cpu = reply.get("cpu", 0.0)
-        self.seconds = self.seconds + cpu if each else max(self.seconds, cpu)
-        self.memory = max(self.memory, reply.get("memory", 0))
-        self.limits |= {reply["limit"]} if reply.get("limit") else set()
+        seconds = self.seconds + cpu if each else max(self.seconds, cpu)
+        return Usage(seconds, max(self.memory, reply.get("memory", 0)), self.limits).hit(reply.get("limit"))
 
 
 class Score(float):
@@ -76,28 +78,26 @@ def grade(response: str, ground_truth: str | dict, *, seconds: float, strict: bo
     seconds: what the response may take in all; one test may compute for 0.4 of it. A program that had to be stopped
         keeps what it had reached. Raises ValueError if the ground truth has another shape.
     """
-    task, program, usage = read_task(ground_truth), extract_program(response), Usage()
-    deadline = time.monotonic() + GRADE_SHARE * seconds
-    passed, stopped = 0, False
+    task, program = read_task(ground_truth), extract_program(response)
+    talk, passed, stopped = _Talk(time.monotonic() + GRADE_SHARE * seconds), 0, False
     try:
-        with Sandbox(sandbox, math.ceil(TEST_SHARE * seconds), math.ceil(seconds)) as box:
-            start = {"code": program, "function": task.function, "calls": task.calls}
-            loaded = "loaded" in _ask(box, start, deadline, usage)
+        with Sandbox(sandbox, math.ceil(TEST_SHARE * seconds), math.ceil(seconds)) as talk.box:
+            loaded = "loaded" in talk.ask({"code": program, "function": task.function, "calls": task.calls})
             for test in task.tests if loaded else []:
-                if _passes(test, _ask(box, test.request, deadline, usage)):
+                if _passes(test, talk.ask(test.request)):
                     passed += 1
                 elif strict:
                     break
             if loaded and task.calls:
-                _ask(box, {"end": True}, deadline, usage)
-    except Stopped:
+                talk.ask({"end": True})
+    except (Stopped, TimeoutError) as error:
         stopped = True
-    except TimeoutError:
-        stopped, usage.limits = True, usage.limits | {"time"}
+        talk.usage = talk.usage.hit("time" if isinstance(error, TimeoutError) else None)
     except (EOFError, ValueError, RecursionError):
-        pass  # it died
-    share = float(passed == len(task.tests) and not stopped) if strict else passed / len(task.tests)
-    return Score(share, usage, stopped)
+        pass  # it ended, or died
+    talk.usage = talk.usage.with_reply(talk.box.took)
+    share = float(passed == len(task.tests)) if strict else passed / len(task.tests)
+    return Score(share, talk.usage, stopped)
 
 
 def extract_program(response: str) -> str:
@@ -169,23 +169,29 @@ def _without(indent: str, line: str) -> str:
     return line.removeprefix(indent) if line.startswith(indent) else line.lstrip(" \t")
 
 
-def _ask(box: Sandbox, request: dict, deadline: float, usage: Usage) -> dict:
-    """The reply to a request. Raises Stopped; EOFError if the program ended."""
-    reply = box.ask(request, deadline)
-    usage.add(reply)
-    if reply.get("stopped"):
-        raise Stopped
-    if "reply" in reply:  # what the program's process says
-        said = None
-        with suppress(ValueError, RecursionError):
-            said = json.loads(reply["reply"])
-        if not isinstance(said, dict):
-            return {}
-        usage.limits |= {limit for limit in LIMITS if said.get("limit") == limit}
-        return said
-    if "exit" in reply and "output" not in reply:
-        raise EOFError
-    return reply
+class _Talk:
+    """With the sandbox of one program, until `deadline`; what the program took so far is its `usage`."""
+
+    def __init__(self, deadline: float):
+        self.deadline, self.usage = deadline, Usage()
+
+    def ask(self, request: dict) -> dict:
+        """The reply. Raises Stopped or TimeoutError where the program had to be stopped, EOFError if it ended."""
+        reply = self.box.ask(request, self.deadline)
+        self.usage = self.usage.with_reply(reply)
+        if reply.get("stopped"):
+            raise Stopped
+        if "reply" in reply:  # what the program's process says
+            said = None
+            with suppress(ValueError, RecursionError):
+                said = json.loads(reply["reply"])
+            if not isinstance(said, dict):
+                return {}
+            self.usage = self.usage.hit(next((limit for limit in LIMITS if limit == said.get("limit")), None))
+            return said
+        if "exit" in reply and "output" not in reply:
+            raise EOFError
+        return reply
 
 
 def _passes(test: Test, reply: dict) -> bool:

@@ -14,8 +14,6 @@ import tempfile
 import time
 from contextlib import suppress
 
-from prime_fast.rewards.functions import BUILT_IN
-
 START_SECONDS = 120.0  # for a worker to import what it needs; not counted against any sample
 END_SECONDS = 30.0  # for a killed worker and its descendants to be gone
 RECEIVE_BYTES = 1 << 16
@@ -27,16 +25,16 @@ logger = logging.getLogger(__name__)
 class Worker:
     """One worker: starting, then idle (no sample) or running (sample is its index in the batch)."""
 
-    def __init__(self, reward: str, *options: str):
-        self.socket, theirs = socket.socketpair()
-        life, self.life = os.pipe()  # ours is closed when this process ends, however it ends
-        command = [sys.executable, "-m", "prime_fast.rewards.worker", reward, str(theirs.fileno()), str(life), *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    def __init__(self, reward: str, timeout: float, sandbox: str):
         self.folder = None
-        if reward in BUILT_IN:  # what its programs write where nothing isolates them; removed whoever is killed
+        if sandbox == "rlimits-only":  # where programs write; removed whoever is killed
             self.folder = tempfile.mkdtemp(prefix="prime-fast-")
             os.chmod(self.folder, 0o711)
-            environment["TMPDIR"] = self.folder
+        self.socket, theirs = socket.socketpair()
+        life, self.life = os.pipe()  # ours is closed when this process ends, however it ends
+        options = [str(theirs.fileno()), str(life), str(timeout), sandbox, *([self.folder] if self.folder else [])]
+        command = [sys.executable, "-m", "prime_fast.rewards.worker", reward, *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
             command,
             env=environment,

@@ -1,4 +1,4 @@
-"""A reward worker, `python -m prime_fast.rewards.worker REWARD SOCKET LIFE TIMEOUT SANDBOX`: made by `rewards.pool`.
+"""A reward worker, `python -m prime_fast.rewards.worker REWARD SOCKET LIFE TIMEOUT SANDBOX [FOLDER]`: made by the pool.
 
 SOCKET and LIFE are inherited file descriptors. Frames on the socket: requests [response, row]; replies {"ready": true}
 with "sources" once, then {"score": x} (of a program with its "usage", and "timeout": true if it was stopped) or
@@ -13,9 +13,11 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from contextlib import suppress
 
 from prime_fast.rewards import sources
@@ -29,16 +31,21 @@ REAP_SECONDS = 0.2  # how long an orphan may stay a zombie
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def main(reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandbox: str = "namespaces") -> None:
+def main(
+    reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandbox: str = "namespaces", folder: str = ""
+) -> None:
     for fd in (socket_fd, life_fd):
         os.set_inheritable(fd, False)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # before the fork: orphaned descendants become our children
     scorer = os.fork()
     if scorer:
         os.close(socket_fd)
-        sys.exit(_watch(scorer, life_fd))
+        status = _watch(scorer, life_fd)
+        shutil.rmtree(folder, ignore_errors=True)  # the pool does, too, but may have been killed
+        sys.exit(status)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.close(life_fd)
+    tempfile.tempdir = folder or None
     if reward in BUILT_IN:
         resource.setrlimit(resource.RLIMIT_AS, (BUILT_IN_MEMORY_BYTES, BUILT_IN_MEMORY_BYTES))
     stream = socket.socket(fileno=socket_fd).makefile("rwb")
@@ -64,8 +71,7 @@ def _run(function, response: str, row: dict) -> dict:
         score = function(response, row)
         reply = {"score": float(score)}
         if isinstance(score, Score):
-            usage = {"seconds": score.usage.seconds, "memory": score.usage.memory, "limits": sorted(score.usage.limits)}
-            reply |= {"usage": usage, "timeout": score.stopped}
+            reply |= {"usage": score.usage, "timeout": score.stopped}
         return reply
     except BadReward:
         raise
@@ -118,4 +124,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:5]), *sys.argv[5:6])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:5]), *sys.argv[5:7])

@@ -263,13 +263,17 @@ class Collector:
             return {"rollouts": self.turn * self.config.samples}
         samples = [sample for group in groups for sample in group.samples]
         outcomes = [outcome for group in groups for outcome in group.outcomes]
-        return {
-            "rollouts": self.turn * self.config.samples,
-            "outcome": sum(outcomes) / len(outcomes),
-            "groups_kept": passed / len(groups),
-            "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
-            "truncated": sum(sample.truncated for sample in samples) / len(samples),
-        } | failures.shares(groups)
+        return (
+            {
+                "rollouts": self.turn * self.config.samples,
+                "outcome": sum(outcomes) / len(outcomes),
+                "groups_kept": passed / len(groups),
+                "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
+                "truncated": sum(sample.truncated for sample in samples) / len(samples),
+            }
+            | failures.shares(groups)
+            | failures.limits(groups)
+        )
 
     def _seed(self, group: int, k: int) -> int:
         return random.Random(f"{self.seed}/{group}/{k}").getrandbits(63)
@@ -280,4 +284,5 @@ def _group(start: tuple, verdicts: list[Verdict], version: int) -> Group:
     *_, samples = start
     failed = tuple((verdict.failure, verdict.reason) for verdict in verdicts if verdict.failure)
     oldest = min((sample.runs[0][1] for sample in samples if sample.runs), default=version)
-    return Group(*start, tuple(verdict.outcome for verdict in verdicts), oldest, failed)
+    programs = tuple(verdict.usage for verdict in verdicts if verdict.usage)
+    return Group(*start, tuple(verdict.outcome for verdict in verdicts), oldest, failed, programs)
