@@ -352,6 +352,7 @@ def empty(folder: str) -> None:
     """Removes all that is in it; ends the program's tests if that cannot be done."""
     with suppress(PermissionError):  # it is another's
         os.chmod(folder, 0o1777)
+        os.utime(folder, (0, 0))
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

@@ -124,4 +124,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:5]), *sys.argv[5:7])
+    main(sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4]), *sys.argv[5:])
