@@ -9,6 +9,7 @@ import ast
 import builtins
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -293,14 +294,17 @@ def _literals(body: list[ast.stmt]) -> set[str]:
     """Names that plain assignments of literals bind, and nothing else."""
     found, others = set(), set()
     for statement in body:
-        names = _stored(statement)
-        try:
-            literal = isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-            literal = literal and len(statement.targets) == 1 and ast.literal_eval(statement.value) is not ast
-        except ValueError:
-            literal = False
-        (found if literal else others).update(names)
+        (found if _binds_literal(statement) else others).update(_stored(statement))
     return found - others
+
+
+def _binds_literal(statement: ast.stmt) -> bool:
+    with suppress(ValueError, TypeError):
+        match statement:
+            case ast.Assign(targets=[ast.Name()], value=value):
+                ast.literal_eval(value)
+                return True
+    return False
 
 
 def _stored(node: ast.AST) -> set[str]:
