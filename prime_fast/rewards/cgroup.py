@@ -40,14 +40,19 @@ class Cgroup:
         (self.folder / "cgroup.procs").write_text(str(pid))
 
     def end(self) -> dict:
-        """Removes it, whose processes are gone; {"memory"} at its highest, and the "limit" that was hit."""
+        """Removes it, whose processes are gone; what they took."""
+        took = self.took()
+        self.folder.rmdir()
+        return took
+
+    def took(self) -> dict:
+        """{"memory"} at its highest, and the "limit" that was hit."""
         took = {"limit": None}
         with suppress(FileNotFoundError):  # since Linux 5.19
             took["memory"] = int((self.folder / "memory.peak").read_text())
         for name, limit, event in (("pids", "threads", "max"), ("memory", "memory", "oom_kill")):
             if re.search(rf"^{event} [1-9]", (self.folder / f"{name}.events").read_text(), re.M):
                 took["limit"] = limit
-        self.folder.rmdir()
         return took
 
 
