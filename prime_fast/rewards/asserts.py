@@ -47,7 +47,10 @@ class Claim(NamedTuple):
 
 def read_asserts(source: str) -> list[Claim]:
     """ValueError, naming it, for an assert that cannot be judged."""
-    body = ast.parse(source).body
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"the asserts are no Python: {error}") from error
     constants = _literals(body)
     while True:
         reader = _Reader(constants)

@@ -73,6 +73,11 @@ def test_attack(name, world, pool):
     assert escapes.attack(name, world, pool) is None
 
 
+def test_the_readme_counts_them():
+    readme = Path(escapes.__file__).parents[2] / "README.md"
+    assert f"`prime-fast doctor` tries {len(ATTACKS)} ways" in readme.read_text()
+
+
 def test_attacks_are_valid_python():
     for name, (_, program) in ATTACKS.items():
         compile(program, name, "exec")
