@@ -202,7 +202,8 @@ class _Reader:
     def _needs(self, node: ast.AST) -> set[str]:
         """The names of which the program must have bound one; of the prelude's only where nothing else is asked."""
         names = self._came_from(_loaded(node) - _bound(node))
-        return names - library() or (names if len(self.leaves) == 1 else set())
+        weak = names - vars(builtins).keys() or names & _loaded(node)
+        return names - library() or (weak if len(self.leaves) == 1 else set())
 
     def _about(self, node: ast.AST) -> bool:
         """Whether anything of the program is in it."""
@@ -241,13 +242,13 @@ class _Reader:
         came = self._came_from(_loaded(statement) - _bound(statement))
         given = _loaded(statement) & self.origin.keys() - self.helpers  # which a call may change
         for name in bound | given:
-            self.origin[name] = self.origin.get(name, set()) | (came - library())
+            self.origin[name] = self.origin.get(name, set()) | (came - vars(builtins).keys())
 
     def _tell(self, node: ast.AST) -> None:
         self.told |= _loaded(node)
         if isinstance(node, ast.expr):  # an assert's value: a call in it may change what it is given
             for name in _loaded(node) & self.origin.keys() - self.helpers:
-                self.origin[name] |= self._came_from(_loaded(node)) - library()
+                self.origin[name] |= self._came_from(_loaded(node)) - vars(builtins).keys()
 
 
 @cache

@@ -57,8 +57,8 @@ CLONE_THREAD = 0x10000
 ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # processes and programs · signals · others' memory · sockets · mounts · unbounded memory, pages given to pipes · kernel
-# surface · what is counted for the whole machine: io_setup, inotify, fanotify · others' pages and priorities · attributes
-# of files
+# surface · what is counted for the whole machine: io_setup, inotify, fanotify · others' pages and priorities · files'
+# attributes
 DENIED = {
     "x86_64": """57 58 59 322 109 112  62 129 200 234 297 424  101 310 311 312 438  41 42 49
         155 161 165 166 272 304 308 428 429 430 431 432 433 442  29 64 68 240 319 447  275 276 278

@@ -230,6 +230,18 @@ class TestAsserts:
         assert grade("def f(x): return x % 2 == 0", {"asserts": f"assert {claim}"}) == 1.0
         assert grade("def f(x): return x % 2 == 1", {"asserts": f"assert {claim}"}) == 0.0
 
+    def test_names_that_the_prelude_has_too(self, grade):
+        program = "class A:\n    n = 0\n    def add(self, x): self.n += x; return self.n\ndef search(x): return x"
+        claims = (
+            "a = A()\na.add(2)\nassert a.add(3) == 5\nassert a.n == 5\nassert search(1) == 1\nassert A().add(1) == 1"
+        )
+        assert grade(program, {"asserts": claims}) == 1.0
+        assert grade("class B: n = 5", {"asserts": claims}) == 0.0
+
+    def test_what_is_changed_in_place(self, grade):
+        claims = "v = [2, 1]\nf(v)\nassert v == [1, 2]"
+        assert [grade(f"def f(x): {do}", {"asserts": claims}) for do in ("x.sort()", "pass")] == [1.0, 0.0]
+
     def test_what_is_computed_with_the_value(self, grade):
         claims = """
 import math
