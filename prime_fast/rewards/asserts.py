@@ -72,6 +72,8 @@ class _Reader:
         self.origin: dict[str, set[str]] = {}  # of each name that the setup binds: the names that it came from
         self.helpers: set[str] = set()  # bound by def, lambda, class or import
         self.usual: set[str] = set()  # imports that mean what they always do
+        self.computing: set[str] = set()  # helpers that compare or compute
+        self.unfit: dict[tuple[str, bool], str] = {}  # why a name cannot be asked for, as a value or as a truth
         self.problems: list[str] = []
 
     def read(self, body: list[ast.stmt]) -> list[Claim]:
@@ -173,18 +175,25 @@ class _Reader:
         if any(isinstance(inner, ast.Attribute) and inner.attr.startswith("__") for inner in ast.walk(node)):
             raise ValueError("uses a method that the program's objects may define")
         match node:
-            case ast.Name():
+            case ast.Name(id=name):
+                if why := self.unfit.get((name, truth)):
+                    raise ValueError(why)
                 return None
             case ast.Attribute(value=value) | ast.Subscript(value=value):
                 return self._check(value, truth)
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                for item in filter(self._about, items):
+                    self._check(item, truth)
+                return None
             case ast.Call(func=func, args=args, keywords=words):
                 root, given = _root(func), [*args, *(word.value for word in words)]
                 about = [one for one in given if self._about(one)]
-                if root and root not in self.helpers and not (root in library() and about):
+                if root and root not in self.helpers and (self._came_from({root}) - library() or not about):
                     return None  # the function under test: its arguments may be anything
                 others = [one for one in given if one not in about]
                 plainly = all(isinstance(one, ast.Name) and one.id in library() for one in others)
-                if truth or not (about or root in self.helpers):
+                alone = root in self.helpers and not (root in self.computing and len(given) > 1)
+                if truth or not (about or alone):
                     raise ValueError(f"leaves the judgement to `{ast.unparse(func):.60}`")
                 if about and not (len(about) == 1 and plainly):
                     raise ValueError(f"gives `{ast.unparse(func):.60}` more than the program's value")
@@ -233,16 +242,36 @@ class _Reader:
                 self.origin[name] = set()
                 self.helpers.add(name)
             return
-        bound = _stored(statement)
+        bound, helper = _stored(statement), isinstance(getattr(statement, "value", None), ast.Lambda)
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound = {statement.name}
+            bound, helper = {statement.name}, True
+        compares = [one for one in ast.walk(statement) if isinstance(one, ast.Compare) and not _asks_for_none(one)]
+        if helper:
             self.helpers |= bound
-        elif isinstance(getattr(statement, "value", None), ast.Lambda):
-            self.helpers |= bound
+            if compares or any(isinstance(one, ast.BinOp) for one in ast.walk(statement)):
+                self.computing |= bound
+        else:
+            if any(map(self._about, compares)):
+                what = ast.unparse(statement).partition("\n")[0]
+                self.problems.append(f"`{what:.100}` compares inside with what the program answered")
+            for truth in (False, True):
+                why = self._unfit(statement, truth)
+                self.unfit |= {(name, truth): why for name in bound}
         came = self._came_from(_loaded(statement) - _bound(statement))
         given = _loaded(statement) & self.origin.keys() - self.helpers  # which a call may change
         for name in bound | given:
             self.origin[name] = self.origin.get(name, set()) | (came - vars(builtins).keys())
+
+    def _unfit(self, statement: ast.stmt, truth: bool) -> str:
+        """Why what `statement` binds is no plain value of the program; "" if it is, or has nothing of it yet."""
+        if not isinstance(statement, ast.Assign):
+            return "asks whether something true was computed inside" if truth else ""
+        try:
+            if self._about(statement.value):
+                self._check(statement.value, truth)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _tell(self, node: ast.AST) -> None:
         self.told |= _loaded(node)
@@ -309,6 +338,10 @@ def _binds_literal(statement: ast.stmt) -> bool:
                 ast.literal_eval(value)
                 return True
     return False
+
+
+def _asks_for_none(node: ast.Compare) -> bool:
+    return all(isinstance(one, ast.Constant) and one.value is None for one in node.comparators)
 
 
 def _stored(node: ast.AST) -> set[str]:

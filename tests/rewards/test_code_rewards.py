@@ -238,6 +238,14 @@ class TestAsserts:
         assert grade(program, {"asserts": claims}) == 1.0
         assert grade("class B: n = 5", {"asserts": claims}) == 0.0
 
+    def test_what_the_setup_finds(self, grade):
+        claims = "got = []\nfor x in range(3):\n    got.append(f(x))\nassert got == [0, 1, 4]\n"
+        claims += (
+            "run = lambda x, y: [f(x), f(y)]\nassert run(1, 2) == [1, 4]\na, b = f(2), f(3)\nassert (a, b) == (4, 9)\n"
+        )
+        claims += "x = f(2)\nx = str(x)\nassert x == '4'\nassert [f(v) for v in (1, 2)] == [1, 4]"
+        assert grade("def f(x): return x * x", {"asserts": claims}) == 1.0
+
     def test_what_is_changed_in_place(self, grade):
         claims = "v = [2, 1]\nf(v)\nassert v == [1, 2]"
         assert [grade(f"def f(x): {do}", {"asserts": claims}) for do in ("x.sort()", "pass")] == [1.0, 0.0]
@@ -443,6 +451,15 @@ def test_claims_are_judged_here(claim, value, holds):
         ("def near(a, b): return abs(a - b)\nassert near(f(2), 4) == 0", "gives `near` more than"),
         ("ok = lambda a: a == 4\nassert ok(f(2)) == True", "leaves the judgement to `ok`"),
         ("import operator\nassert operator.eq(f(2), 4)", "leaves the judgement to `operator.eq`"),
+        ("ok = f(2) == 4\nassert ok", "compares inside"),
+        ("wrong = 0\nfor x in (1, 2):\n    if f(x) != x:\n        wrong += 1\nassert wrong == 0", "compares inside"),
+        ("gap = abs(f(2) - 4)\nassert gap < 0.1", "more than|computes inside|leaves the judgement"),
+        ("try:\n    f(2)\nexcept KeyError:\n    raised = True\nassert raised", "something true was computed inside"),
+        (
+            "class Near:\n    def same(self, a, b): return a == b\nn = Near()\nassert n.same(f(2), 4)",
+            "leaves the judgement",
+        ),
+        ("gap = lambda x, y: f(x) - y\nassert gap(2, 4) == 0", "leaves the judgement"),
         ("assert f(2).__eq__(4)", "a method that the program's objects"),
         ("assert f(2) == Counter('a')", "compares with `Counter"),
         ("x = [1]\nassert f(x) == x", "compares with `x`"),
@@ -451,7 +468,7 @@ def test_claims_are_judged_here(claim, value, holds):
     ],
 )
 def test_asserts_that_cannot_be_judged_are_refused(source, message):
-    with pytest.raises(ValueError, match=f"cannot judge .*{message}"):
+    with pytest.raises(ValueError, match=message):
         read_asserts(source)
 
 
