@@ -164,7 +164,10 @@ class RewardPool:
             if not (math.isfinite(value) and 0.0 <= value <= 1.0):
                 what = f'reward "{self.reward}" returned {value}; outcomes must lie in [0, 1]'
                 raise ValueError(f"{named(row, place)}: {what}")
-            usage = Usage(*reply["usage"]) if "usage" in reply else None
+            usage = None
+            if "usage" in reply:
+                seconds, memory, limits = reply["usage"]
+                usage = Usage(seconds, memory, tuple(limits))
             if not reply.get("timeout"):
                 return Verdict(value, usage=usage)
             verdict = Verdict(value, "stopped", "the program had to be stopped", usage)

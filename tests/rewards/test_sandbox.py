@@ -240,7 +240,7 @@ def test_limits_that_were_hit_are_told():
     held = "x = bytearray(b'x' * (1 << 26))\ndef f(x): return x"
     with RewardPool("code", workers=1, timeout=60.0) as pool:
         *verdicts, kept = pool.judge([*LIMITED.values(), held], [ROW] * len(LIMITED) + [called])
-    assert [verdict.usage.limits for verdict in verdicts] == [[limit] if limit else [] for limit in LIMITED]
+    assert [verdict.usage.limits for verdict in verdicts] == [(limit,) if limit else () for limit in LIMITED]
     assert all(verdict.usage.seconds > 0 and verdict.usage.memory > 1 << 20 for verdict in verdicts)
     assert kept.outcome == 1.0 and kept.usage.memory > 1 << 26 and not kept.usage.limits
 
