@@ -56,6 +56,13 @@ class Cgroup:
         return took
 
 
+def sweep(pid: int) -> None:
+    """Removes what a process that was killed left."""
+    with suppress(NoCgroup):
+        for folder in parent().glob(f"prime-fast-{pid}-*"):
+            folder.rmdir()
+
+
 @cache
 def parent() -> Path:
     """The cgroup in which those of sandboxes can be made. Raises NoCgroup."""

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from contextlib import suppress
 
-from prime_fast.rewards import sources
+from prime_fast.rewards import cgroup, sources
 from prime_fast.rewards.code import Score
 from prime_fast.rewards.functions import BUILT_IN, BadReward, load_reward
 from prime_fast.rewards.process import HEADER
@@ -31,9 +31,7 @@ REAP_SECONDS = 0.2  # how long an orphan may stay a zombie
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def main(
-    reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandbox: str = "namespaces", folder: str = ""
-) -> None:
+def main(reward: str, socket_fd: int, life_fd: int, timeout: float, sandbox: str, folder: str = "") -> None:
     for fd in (socket_fd, life_fd):
         os.set_inheritable(fd, False)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # before the fork: orphaned descendants become our children
@@ -41,7 +39,9 @@ def main(
     if scorer:
         os.close(socket_fd)
         status = _watch(scorer, life_fd)
-        shutil.rmtree(folder, ignore_errors=True)  # the pool does, too, but may have been killed
+        cgroup.sweep(scorer)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)  # the pool does, too, but may have been killed
         sys.exit(status)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.close(life_fd)

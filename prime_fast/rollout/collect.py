@@ -263,17 +263,14 @@ class Collector:
             return {"rollouts": self.turn * self.config.samples}
         samples = [sample for group in groups for sample in group.samples]
         outcomes = [outcome for group in groups for outcome in group.outcomes]
-        return (
-            {
-                "rollouts": self.turn * self.config.samples,
-                "outcome": sum(outcomes) / len(outcomes),
-                "groups_kept": passed / len(groups),
-                "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
-                "truncated": sum(sample.truncated for sample in samples) / len(samples),
-            }
-            | failures.shares(groups)
-            | failures.limits(groups)
-        )
+        failed = failures.shares(groups) | failures.limits(groups)
+        return {
+            "rollouts": self.turn * self.config.samples,
+            "outcome": sum(outcomes) / len(outcomes),
+            "groups_kept": passed / len(groups),
+            "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
+            "truncated": sum(sample.truncated for sample in samples) / len(samples),
+        } | failed
 
     def _seed(self, group: int, k: int) -> int:
         return random.Random(f"{self.seed}/{group}/{k}").getrandbits(63)

@@ -306,6 +306,13 @@ class TestCgroup:
             (group.folder / name).write_text(text + "\n")
         assert group.took() == {"memory": 9, "limit": "memory"}
 
+    def test_what_the_killed_leave_is_removed(self, tree, monkeypatch):
+        monkeypatch.setattr(cgroup, "parent", lambda: tree)
+        for pid in (7, 71):
+            (tree / f"prime-fast-{pid}-0a").mkdir()
+        cgroup.sweep(7)
+        assert [path.name for path in tree.glob("prime-fast-*")] == ["prime-fast-71-0a"]
+
 
 def test_bubblewrap():
     """The other way into namespaces, where it is installed."""
