@@ -162,10 +162,10 @@ def converse(channel: int, program: socket.socket, child: int, limits: dict) -> 
             break
         with suppress(OSError):  # it has ended
             program.sendall(HEADER.pack(len(request)) + request)
-    if limit:
-        os.kill(child, signal.SIGKILL)
-    reply = ended(child, limits)
-    return reply | ({"limit": limit if limit != "end" else None, "stopped": limit == "cpu"} if limit else {})
+    if not limit:
+        return ended(child, limits)
+    os.kill(child, signal.SIGKILL)
+    return ended(child, limits) | {"limit": limit, "stopped": limit == "cpu"}
 
 
 def _hear(program: socket.socket, received: bytearray, child: int, limits: dict) -> tuple[bytes | None, str | None]:

@@ -207,7 +207,7 @@ def _build_root(sources: dict[str, int]) -> None:
     _mount(f"{new}/tmp", f"{new}/dev/shm", MS_BIND)
     with open("/proc/self/mountinfo") as file:
         points = [re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4]) for line in file]
-    for point in points:
+    for point in filter(os.path.lexists, points):  # but for what our /tmp hides of the machine's
         if point == new or (point.startswith(f"{new}/") and point not in (f"{new}/tmp", f"{new}/dev/shm")):
             kept = os.statvfs(point).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)  # may be locked, and must not be lost
             _mount(None, point, MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
