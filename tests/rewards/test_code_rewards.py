@@ -314,7 +314,7 @@ class TestRouting:
             [],
             {"inputs": ["1"], "outputs": []},
             {"inputs": [], "outputs": []},
-            {"asserts": "assert check(f(1), 2)\ndef check(a, b): return a == b"},
+            {"asserts": "def check(a, b): return a == b\nassert check(f(1), 2)"},
             {"asserts": "x = ("},
         ],
     )
