@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Group:
     outcomes: tuple[float, ...]
     version: int = 0  # of the weights that its oldest token was sampled with, see Fleet.version
     failures: tuple[tuple[str, str], ...] = ()  # (kind, reason) of each response without a full verdict, in their order
+    programs: tuple[Any, ...] = ()  # what those of the responses took that are programs: `rewards.code.Usage`
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
 """Hostile and broken programs that a sandbox must survive, as data for `prime-fast doctor` and the tests.
 
-Each is a program and how it is asked: "stdin" (it reads the world, a JSON object, from its input), "call" or "assert"
-(it defines attack(world)). The world names what is outside: a secret file, a folder, listeners, a process. A program
-wins if it answers with the secret, which it is never told, or, where it must do rather than know, with world["win"].
+Each is how it is asked and a program. How: by the tests that it is after (`cheats`); or "stdin" (it reads the world, a
+JSON object, from its input), "call" or "assert" (it defines attack(world)). The world names what is outside: a secret
+file, a folder, listeners, a process. A program wins if it answers with the secret, which it is never told, or, where it
+must do rather than know, with world["win"].
 """
+
+from prime_fast.rewards import drains
+from prime_fast.rewards.cheats import CHEATS
 
 READ, CALL = "import json, os, sys\nw = json.loads(input())\n", "import json, os, sys\n"
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -251,7 +255,8 @@ def attack(world):
     "assertions switched off": "import builtins\nbuiltins.AssertionError = ValueError\ndef attack(world): assert False",
 }
 
-ATTACKS = {name: ("stdin", READ + program) for name, program in STDIN.items()}
-ATTACKS |= {name: ("call", CALL + program) for name, program in CALLS.items()}
+ATTACKS = {name: ("stdin", READ + program) for name, program in (STDIN | drains.STDIN).items()}
+ATTACKS |= {name: ("call", CALL + program) for name, program in (CALLS | drains.CALLS).items()}
 for name in ("value equal to", "text equal to", "expected value", "forged reply", "patched", "exit from", "assertions"):
     ATTACKS |= {f"{full}, asserted": ("assert", CALL + CALLS[full]) for full in CALLS if full.startswith(name)}
+ATTACKS |= CHEATS

@@ -157,8 +157,10 @@ def _arrived(listener: socket.socket) -> bool:
     return False
 
 
-def _row(kind: str, world: dict, wins: list[str]) -> dict:
-    if kind == "stdin":
+def _row(kind: str | dict, world: dict, wins: list[str]) -> dict:
+    if isinstance(kind, dict):
+        truth = kind
+    elif kind == "stdin":
         truth = {"inputs": [json.dumps(world)] * len(wins), "outputs": wins}
     elif kind == "call":
         truth = {"inputs": [[world]] * len(wins), "outputs": wins, "fn_name": "attack"}

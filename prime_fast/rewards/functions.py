@@ -86,10 +86,13 @@ def _check_answer(truth: Any) -> None:
 
 
 def _check_tests(truth: Any) -> None:
+    from prime_fast.rewards.asserts import read_asserts
     from prime_fast.rewards.code import read_truth
 
     try:
         tests = read_truth(truth)
+        if "asserts" in tests:
+            read_asserts(tests["asserts"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"has tests that cannot be run: {error}") from error
     if not tests.get("inputs") and "assert" not in tests.get("asserts", ""):

@@ -1,7 +1,7 @@
 """The ways to start a process that can reach nothing: own namespaces, bubblewrap, or limits alone.
 
-Each takes (channel, command): a socket to become descriptor 0, and what to run. It returns a function that ends the
-process and all it started, or raises Refused with the reason.
+Each takes (channel, command, enter): a socket to become descriptor 0, what to run, and what to do with the id of the
+process before that. It returns a function that ends the process and all it started, or raises Refused with the reason.
 """
 
 import ctypes
@@ -59,16 +59,30 @@ def packages() -> list[str]:
     return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
 
+def _expendable(parent: int, enter: Callable[[int], None]) -> None:
+    """Before this process becomes the guest: it ends with `parent`, and is the first to go where memory runs out."""
+    libc.prctl(PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+    if os.getppid() != parent:
+        os._exit(1)
+    enter(os.getpid())
+    _first_to_go()
+
+
+def _first_to_go() -> None:
+    with suppress(FileNotFoundError):  # no /proc
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def has_nobody() -> bool:
     """Whether this process is a root that can run others as nobody."""
     spans = (line.split() for line in Path("/proc/self/uid_map").read_text().splitlines())
     return os.geteuid() == 0 and any(int(first) <= NOBODY < int(first) + int(count) for first, _, count in spans)
 
 
-def limits_alone(channel: socket.socket, command: list[str]) -> Callable[[], None]:
+def limits_alone(channel: socket.socket, command: list[str], enter: Callable[[int], None]) -> Callable[[], None]:
     folder = tempfile.mkdtemp(prefix="prime-fast-")
     os.chmod(folder, 0o777)
-    process = subprocess.Popen(command, stdin=channel, env=ENVIRONMENT, cwd=folder, **_detached())
+    process = subprocess.Popen(command, stdin=channel, env=ENVIRONMENT, cwd=folder, **_detached(enter))
 
     def stop() -> None:
         with suppress(ProcessLookupError):
@@ -79,7 +93,7 @@ def limits_alone(channel: socket.socket, command: list[str]) -> Callable[[], Non
     return stop
 
 
-def bubblewrap(channel: socket.socket, command: list[str]) -> Callable[[], None]:
+def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int], None]) -> Callable[[], None]:
     """Its /tmp is read-only: bubblewrap can limit the bytes of a writable one, but not the number of its files."""
     program = shutil.which("bwrap")
     if program is None:
@@ -99,7 +113,7 @@ def bubblewrap(channel: socket.socket, command: list[str]) -> Callable[[], None]
     for path in _visible():
         options += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     command = [program, *options, "--remount-ro", "/dev", "--remount-ro", "/", "--", *command]
-    process = subprocess.Popen(command, stdin=channel, env={}, **_detached())
+    process = subprocess.Popen(command, stdin=channel, env={}, **_detached(enter))
 
     def stop() -> None:
         process.kill()
@@ -108,7 +122,7 @@ def bubblewrap(channel: socket.socket, command: list[str]) -> Callable[[], None]
     return stop
 
 
-def namespaces(channel: socket.socket, command: list[str]) -> Callable[[], None]:
+def namespaces(channel: socket.socket, command: list[str], enter: Callable[[int], None]) -> Callable[[], None]:
     """By one clone(2). The process must have a single thread: its child goes on in Python until it runs `command`."""
     user, group = os.geteuid(), os.getegid()
     wait_fd, go_fd = os.pipe()
@@ -133,6 +147,7 @@ def namespaces(channel: socket.socket, command: list[str]) -> Callable[[], None]
                 Path(f"/proc/{pid}/setgroups").write_text("deny")
             Path(f"/proc/{pid}/uid_map").write_text(f"{INSIDE_ID} {user} 1")
             Path(f"/proc/{pid}/gid_map").write_text(f"{INSIDE_ID} {group} 1")
+            enter(pid)
             go.write(b"!")
         except OSError as error:
             stop()
@@ -145,6 +160,7 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
     try:
         if not os.read(wait_fd, 1):
             os._exit(1)
+        _first_to_go()
         sources = {path: os.open(path, os.O_PATH | os.O_NOFOLLOW) for path in (*_visible(), *DEVICES)}
         if os.getuid() != INSIDE_ID:  # root has become nobody; only now, as Python may lie in root's home
             os.setgroups([])
@@ -191,7 +207,7 @@ def _build_root(sources: dict[str, int]) -> None:
     _mount(f"{new}/tmp", f"{new}/dev/shm", MS_BIND)
     with open("/proc/self/mountinfo") as file:
         points = [re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4]) for line in file]
-    for point in points:
+    for point in filter(os.path.lexists, points):  # but for what our /tmp hides of the machine's
         if point == new or (point.startswith(f"{new}/") and point not in (f"{new}/tmp", f"{new}/dev/shm")):
             kept = os.statvfs(point).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)  # may be locked, and must not be lost
             _mount(None, point, MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
@@ -228,5 +244,6 @@ def _visible() -> list[str]:
     return [path for i, path in enumerate(places) if os.path.lexists(path) and not covered(path, places[:i])]
 
 
-def _detached() -> dict:
-    return {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+def _detached(enter: Callable[[int], None]) -> dict:
+    null, parent = subprocess.DEVNULL, os.getpid()
+    return {"stdout": null, "stderr": null, "start_new_session": True, "preexec_fn": lambda: _expendable(parent, enter)}

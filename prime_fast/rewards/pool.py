@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from prime_fast.data.shapes import WHERE, named, prefill
+from prime_fast.rewards.code import Usage
 from prime_fast.rewards.functions import BUILT_IN, RowCheck, abilities, check_name
 from prime_fast.rewards.process import Worker
 
@@ -41,6 +42,7 @@ class Verdict(NamedTuple):
     outcome: float  # in [0, 1]; 0.0 where there is no verdict
     failure: str = ""  # why not: "errors", "timeouts", "crashes"; or "stopped": a program that keeps what it reached
     reason: str = ""  # in words
+    usage: Usage | None = None  # of a program
 
 
 class RewardPool:
@@ -167,9 +169,13 @@ class RewardPool:
             if not (math.isfinite(value) and 0.0 <= value <= 1.0):
                 what = f'reward "{self.reward}" returned {value}; outcomes must lie in [0, 1]'
                 raise ValueError(f"{named(row, place)}: {what}")
+            usage = None
+            if "usage" in reply:
+                seconds, memory, limits = reply["usage"]
+                usage = Usage(seconds, memory, tuple(limits))
             if not reply.get("timeout"):
-                return Verdict(value)
-            verdict = Verdict(value, "stopped", "the program had to be stopped")
+                return Verdict(value, usage=usage)
+            verdict = Verdict(value, "stopped", "the program had to be stopped", usage)
         elif "error" in reply:
             verdict = Verdict(0.0, "errors", reply["error"])
         elif "timeout" in reply:
@@ -215,7 +221,7 @@ class RewardPool:
             ended.append((worker.sample, {reason: True}))
 
     def _start(self):
-        worker = Worker(self.reward, str(self.timeout), self.sandbox)
+        worker = Worker(self.reward, self.timeout, self.sandbox)
         self._pool.append(worker)
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
 

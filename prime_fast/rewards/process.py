@@ -4,11 +4,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 
@@ -23,10 +25,15 @@ logger = logging.getLogger(__name__)
 class Worker:
     """One worker: starting, then idle (no sample) or running (sample is its index in the batch)."""
 
-    def __init__(self, reward: str, *options: str):
+    def __init__(self, reward: str, timeout: float, sandbox: str):
+        self.folder = None
+        if sandbox == "rlimits-only":  # where programs write; removed whoever is killed
+            self.folder = tempfile.mkdtemp(prefix="prime-fast-")
+            os.chmod(self.folder, 0o711)
         self.socket, theirs = socket.socketpair()
         life, self.life = os.pipe()  # ours is closed when this process ends, however it ends
-        command = [sys.executable, "-m", "prime_fast.rewards.worker", reward, str(theirs.fileno()), str(life), *options]
+        options = [str(theirs.fileno()), str(life), str(timeout), sandbox, *([self.folder] if self.folder else [])]
+        command = [sys.executable, "-m", "prime_fast.rewards.worker", reward, *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
             command,
@@ -84,3 +91,5 @@ class Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)  # until the wait nobody else can have its id
             self.process.wait()
         self.socket.close()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -5,8 +5,8 @@
     /proc, an empty environment, an unprivileged user.
 "rlimits-only": an empty environment and an empty folder, for machines that forbid the rest. It can read and write what
     this user can (what "nobody" can, when this user is root).
-Both: limits on memory, CPU, threads and file size, and a system-call filter that leaves it one process, no program to
-start, no signal to send and no socket (`rewards.guest`).
+Both: a cgroup where there is one to be had (`rewards.cgroup`), limits on memory, CPU, threads and file size, and a
+system-call filter that leaves it one process, no program to start, no signal to send and no socket (`rewards.guest`).
 """
 
 import json
@@ -18,14 +18,16 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from prime_fast.rewards import isolate
+from prime_fast.rewards import cgroup, isolate
 from prime_fast.rewards.guest import AUDIT_ARCH, HEADER
 from prime_fast.rewards.isolate import Refused
 
 MEMORY_BYTES = 1 << 30
 OUTPUT_BYTES = 4 << 20  # of one test's standard output, and of any file
-LIMITS = {"memory": MEMORY_BYTES, "output": OUTPUT_BYTES, "fsize": OUTPUT_BYTES, "nofile": 64, "nproc": 256}
-REPLY_BYTES = 8 * OUTPUT_BYTES  # JSON may need six characters for one
+REPLY_BYTES = 1 << 20  # of a call's value, as JSON
+LIMITS = {"memory": MEMORY_BYTES, "output": OUTPUT_BYTES, "reply": REPLY_BYTES, "fsize": OUTPUT_BYTES}
+LIMITS |= {"nofile": 64, "nproc": 256, "sigpending": 64}  # the last also limits timers
+FRAME_BYTES = 8 * OUTPUT_BYTES  # of the guest's own process; JSON may need six characters for one
 START_SECONDS = 30.0
 LAST_RESORT = 'or, at the risk of all this user can reach, set the sandbox to "rlimits-only"'
 SWITCHES = {  # file: (value that forbids user namespaces, value that allows them)
@@ -45,11 +47,16 @@ class Sandbox:
         self._open(isolation(mode), test_seconds, total_seconds)
 
     def _open(self, start: Callable, test_seconds: int, total_seconds: int) -> None:
+        self.took: dict = {}  # once it has ended, see `Cgroup.end`
+        self.group = cgroup.make()
         self.channel, theirs = socket.socketpair()
         try:
-            self.stop = start(theirs, _command(test_seconds, total_seconds))
+            enter = self.group.add if self.group else lambda pid: None
+            self.stop = start(theirs, _command(test_seconds, total_seconds), enter)
         except BaseException:
             self.channel.close()
+            if self.group:
+                self.group.end()
             raise
         finally:
             theirs.close()
@@ -60,6 +67,8 @@ class Sandbox:
     def __exit__(self, *exception):
         self.channel.close()
         self.stop()
+        if self.group:
+            self.took = self.group.end()
 
     def ask(self, request: dict, deadline: float) -> dict:
         """The guest's reply. TimeoutError past `deadline` (monotonic), EOFError if it ended, ValueError if nonsense."""
@@ -68,7 +77,7 @@ class Sandbox:
         with suppress(BrokenPipeError, ConnectionResetError):
             self.channel.sendall(HEADER.pack(len(body)) + body)
         (size,) = HEADER.unpack(self._receive(HEADER.size, deadline))
-        if size > REPLY_BYTES:
+        if size > FRAME_BYTES:
             raise ValueError(f"a reply of {size} bytes")
         reply = json.loads(self._receive(size, deadline))
         if not isinstance(reply, dict):

@@ -1,8 +1,8 @@
-"""A reward worker, `python -m prime_fast.rewards.worker REWARD SOCKET LIFE TIMEOUT SANDBOX`: made by `rewards.pool`.
+"""A reward worker, `python -m prime_fast.rewards.worker REWARD SOCKET LIFE TIMEOUT SANDBOX [FOLDER]`: made by the pool.
 
 SOCKET and LIFE are inherited file descriptors. Frames on the socket: requests [response, row]; replies {"ready": true}
-with "sources" once, then {"score": x} (with "timeout": true if a program was stopped) or {"error": text} for each
-request, or {"fatal": text} if no row can be scored.
+with "sources" once, then {"score": x} (of a program with its "usage", and "timeout": true if it was stopped) or
+{"error": text} for each request, or {"fatal": text} if no row can be scored.
 
 It is two processes: the one that scores, and its parent that watches LIFE. When the pool closes LIFE or dies, however
 it dies, or when the scoring process ends, the watcher ends every descendant, in whatever session it is.
@@ -13,12 +13,15 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from contextlib import suppress
 
-from prime_fast.rewards import sources
+from prime_fast.rewards import cgroup, sources
+from prime_fast.rewards.code import Score
 from prime_fast.rewards.functions import BUILT_IN, BadReward, load_reward
 from prime_fast.rewards.process import HEADER
 
@@ -28,16 +31,21 @@ REAP_SECONDS = 0.2  # how long an orphan may stay a zombie
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def main(reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandbox: str = "namespaces") -> None:
+def main(reward: str, socket_fd: int, life_fd: int, timeout: float, sandbox: str, folder: str = "") -> None:
     for fd in (socket_fd, life_fd):
         os.set_inheritable(fd, False)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # before the fork: orphaned descendants become our children
     scorer = os.fork()
     if scorer:
         os.close(socket_fd)
-        sys.exit(_watch(scorer, life_fd))
+        status = _watch(scorer, life_fd)
+        cgroup.sweep(scorer)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)  # the pool does, too, but may have been killed
+        sys.exit(status)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.close(life_fd)
+    tempfile.tempdir = folder or None
     if reward in BUILT_IN:
         resource.setrlimit(resource.RLIMIT_AS, (BUILT_IN_MEMORY_BYTES, BUILT_IN_MEMORY_BYTES))
     stream = socket.socket(fileno=socket_fd).makefile("rwb")
@@ -60,13 +68,14 @@ def main(reward: str, socket_fd: int, life_fd: int, timeout: float = 10.0, sandb
 
 def _run(function, response: str, row: dict) -> dict:
     try:
-        return {"score": float(function(response, row))}
+        score = function(response, row)
+        reply = {"score": float(score)}
+        if isinstance(score, Score):
+            reply |= {"usage": score.usage, "timeout": score.stopped}
+        return reply
     except BadReward:
         raise
     except Exception as error:
-        code = sys.modules.get("prime_fast.rewards.code")  # which only code rewards load
-        if code and isinstance(error, code.OutOfTime):
-            return {"score": error.score, "timeout": True}
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_CHARS]}  # on one line
 
 
@@ -115,4 +124,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:5]), *sys.argv[5:6])
+    main(sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4]), *sys.argv[5:])

@@ -265,6 +265,7 @@ class Collector:
             return {"rollouts": self.turn * self.config.samples}
         samples = [sample for group in groups for sample in group.samples]
         outcomes = [outcome for group in groups for outcome in group.outcomes]
+        failed = failures.shares(groups) | failures.limits(groups)
         return {
             "rollouts": self.turn * self.config.samples,
             "outcome": sum(outcomes) / len(outcomes),
@@ -272,7 +273,7 @@ class Collector:
             "groups_kept": passed / len(groups),
             "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
             "truncated": sum(sample.truncated for sample in samples) / len(samples),
-        } | failures.shares(groups)
+        } | failed
 
     def _seed(self, group: int, k: int) -> int:
         return random.Random(f"{self.seed}/{group}/{k}").getrandbits(63)
@@ -283,4 +284,5 @@ def _group(start: tuple, verdicts: list[Verdict], version: int) -> Group:
     *_, samples = start
     failed = tuple((verdict.failure, verdict.reason) for verdict in verdicts if verdict.failure)
     oldest = min((sample.runs[0][1] for sample in samples if sample.runs), default=version)
-    return Group(*start, tuple(verdict.outcome for verdict in verdicts), oldest, failed)
+    programs = tuple(verdict.usage for verdict in verdicts if verdict.usage)
+    return Group(*start, tuple(verdict.outcome for verdict in verdicts), oldest, failed, programs)

@@ -9,6 +9,7 @@ from prime_fast.data.rows import Rows
 from prime_fast.data.shapes import named
 from prime_fast.engine.batch import Group
 from prime_fast.engine.distributed import Stop
+from prime_fast.rewards.code import LIMITS
 
 KINDS = {
     "errors": ("errors",),
@@ -22,6 +23,20 @@ def shares(groups: Sequence[Group]) -> dict[str, float]:
     them), or killed its worker."""
     found, count = _counted(groups)
     return {f"reward_{name}": sum(found[kind] for kind in kinds) / count for name, kinds in KINDS.items()}
+
+
+def limits(groups: Sequence[Group]) -> dict[str, float]:
+    """Of the groups' programs, if there are any: the share that hit each limit of the sandbox, the most memory of one
+    and the mean CPU time of all."""
+    programs = [usage for group in groups for usage in group.programs]
+    if not programs:
+        return {}
+    shares = {f"sandbox_{name}": sum(name in usage.limits for usage in programs) / len(programs) for name in LIMITS}
+    seconds = sum(usage.seconds for usage in programs) / len(programs)
+    return shares | {
+        "sandbox_peak_mib": max(usage.memory for usage in programs) / (1 << 20),
+        "sandbox_cpu_seconds": seconds,
+    }
 
 
 def unscored(groups: Sequence[Group]) -> float:

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_fast.rewards import RewardPool, score
-from prime_fast.rewards.code import extract_program, read_task, same_text, same_value
+from prime_fast.rewards.asserts import read_asserts
+from prime_fast.rewards.code import extract_program, read_task
+from prime_fast.rewards.compare import read_value, same_text, same_value
 from prime_fast.rewards.guest import decode, encode
 
 SUM = "a, b = map(int, input().split())\nprint(a + b)"
@@ -145,6 +147,27 @@ class TestCalls:
             ("def f(a, b): return [a] + b", {"inputs": ['"x"\n[1, 2]'], "outputs": ['["x", 1, 2]'], "fn_name": "f"}),
             ("import numpy as np\ndef f(x): return np.sum(x)", call(3, [1, 2])),
             ("if __name__ == '__main__': input()\ndef f(x): return x", call(1, 1)),
+            ("def f(x): return float(x)", call(10**9, 10**9)),
+            (
+                "import numpy as np\ndef f(x): return [np.bool_(x), np.float32(0.5), np.arange(3), np.str_('a')]",
+                call([True, 0.5, [0, 1, 2], "a"], 1),
+            ),
+            (
+                "def f(x): return [deque([x]), range(2), {x: 1}.keys(), {x: 1}.values()]",
+                call([[1], [0, 1], [1], [1]], 1),
+            ),
+            ("def f(x): return [x + 10**4000, -(10**30)]", call([10**4000 + 7, -(10**30)], 7)),
+            ("def f(x): return 0.1 + 0.2", call(0.3, 1)),
+            ("def f(x): return [float('nan'), float('inf')]", call([float("nan"), float("inf")], 1)),
+            (
+                "from decimal import Decimal\ndef f(x): return [Decimal(10**25 + x), Fraction(1, 4)]\n"
+                "from fractions import Fraction",
+                call([10**25 + 1, 0.25], 1),
+            ),
+            ("class Solution:\n    def search(self, x): return x", call(1, 1, name="search")),
+            ("class Solution:\n    def sum(self, x): return -x\ndef sum(x): return x", call(-1, 1, name="sum")),
+            ("class Solution: pass\ndef f(x): return x", call(1, 1)),
+            ("from math import gcd", call(4, 8, 12, name="gcd")),
         ],
     )
     def test_right(self, grade, program, truth):
@@ -171,6 +194,19 @@ class TestCalls:
         truth = {"inputs": [[1], [2], [3], [4]], "outputs": [1, 2, 3, 5], "fn_name": "f"}
         assert grade("def f(x):\n    if x == 2: exit()\n    return x", truth) == 0.5
 
+    def test_one_odd_answer_costs_one_test(self, grade):
+        truth = {"inputs": [[n] for n in range(4)], "outputs": [0, 1, 2, 3], "fn_name": "f"}
+        assert grade("def f(x): return [10**5000, object(), 2, 3][x]", truth) == 0.5
+
+    def test_as_many_digits_as_the_truth_has(self, pool):
+        truth = {"inputs": "[[1]]", "outputs": f"[1{'0' * 5000}]", "fn_name": '"f"'}
+        text = "{" + ", ".join(f'"{key}": {value}' for key, value in truth.items()) + "}"
+        rows = [{"reward_model": {"ground_truth": text}}] * 2
+        assert pool.score([fence("def f(x): return 10**5000"), fence("def f(x): return 10**5000 + 1")], rows) == [
+            1.0,
+            0.0,
+        ]
+
     def test_the_tests_share_a_process(self, grade):
         truth = {"inputs": [[], []], "outputs": [1, 2], "fn_name": "f"}
         assert grade("n = 0\ndef f():\n    global n\n    n += 1\n    return n", truth) == 1.0
@@ -193,6 +229,44 @@ class TestAsserts:
     def test_forms(self, grade, claim):
         assert grade("def f(x): return x % 2 == 0", {"asserts": f"assert {claim}"}) == 1.0
         assert grade("def f(x): return x % 2 == 1", {"asserts": f"assert {claim}"}) == 0.0
+
+    def test_names_that_the_prelude_has_too(self, grade):
+        program = "class A:\n    n = 0\n    def add(self, x): self.n += x; return self.n\ndef search(x): return x"
+        claims = (
+            "a = A()\na.add(2)\nassert a.add(3) == 5\nassert a.n == 5\nassert search(1) == 1\nassert A().add(1) == 1"
+        )
+        assert grade(program, {"asserts": claims}) == 1.0
+        assert grade("class B: n = 5", {"asserts": claims}) == 0.0
+
+    def test_what_the_setup_finds(self, grade):
+        claims = "got = []\nfor x in range(3):\n    got.append(f(x))\nassert got == [0, 1, 4]\n"
+        claims += (
+            "run = lambda x, y: [f(x), f(y)]\nassert run(1, 2) == [1, 4]\na, b = f(2), f(3)\nassert (a, b) == (4, 9)\n"
+        )
+        claims += "x = f(2)\nx = str(x)\nassert x == '4'\nassert [f(v) for v in (1, 2)] == [1, 4]"
+        assert grade("def f(x): return x * x", {"asserts": claims}) == 1.0
+
+    def test_what_is_changed_in_place(self, grade):
+        claims = "v = [2, 1]\nf(v)\nassert v == [1, 2]"
+        assert [grade(f"def f(x): {do}", {"asserts": claims}) for do in ("x.sort()", "pass")] == [1.0, 0.0]
+
+    def test_what_is_computed_with_the_value(self, grade):
+        claims = """
+import math
+import numpy as np
+from math import isclose
+want = [0.1, 0.3]
+assert math.isclose(f(3), 0.3) and isclose(f(3), 0.3, abs_tol=0.1)
+assert abs(f(3) - 0.3) < 1e-6
+assert np.allclose([f(1), f(3)], [0.1, 0.3])
+assert [f(1), f(3)] == want
+assert round(f(3), 3) == 0.3 and f(3) != 0.4 and not f(3) > 1
+assert isinstance(f(3), float), "a float"
+assert 0.1 < f(3) <= 10**9 + 7
+print("done")
+"""
+        assert grade("def f(x): return x * 0.1", {"asserts": claims}) == 1.0
+        assert grade("def f(x): return x", {"asserts": claims}) == 1 / 7  # but for the last
 
     def test_tuple_is_not_list(self, grade):
         assert grade("def f(): return (1, 2)", {"asserts": "assert f() == (1, 2)"}) == 1.0
@@ -240,7 +314,7 @@ class TestRouting:
             [],
             {"inputs": ["1"], "outputs": []},
             {"inputs": [], "outputs": []},
-            {"asserts": "assert abs(f(1) - 2) < 0.1"},
+            {"asserts": "def check(a, b): return a == b\nassert check(f(1), 2)"},
             {"asserts": "x = ("},
         ],
     )
@@ -264,6 +338,13 @@ class TestRouting:
         ("stray ``` and ```py\na\n```\n```text\noutput\n```", "a\n"),
         ("print(1)", "print(1)"),
         ("", ""),
+        ("1. So:\n   ```python\n   if x:\n       y\n   ```\n", "if x:\n    y\n"),
+        ("```python\na\n```\nThe block ```python``` above.", "a\n"),
+        ("```python\na\n```\nOr, better:\n```python\nb(", "a\n"),
+        ("```python\na\n```\n```python\n", "a\n"),
+        ("```python\na```\nthen\n```text\nb\n```", "a\n"),
+        ("```python\nprint('```')\n```", "print('```')\n"),
+        ("Run `python` or ```py```:\n```\na\n```", "a\n"),
     ],
 )
 def test_extract_program(response, program):
@@ -277,7 +358,21 @@ def test_extract_program(response, program):
         (" 1   2 \r\n\n3", "1 2\n3", True),
         ("0.333333", "0.3333333333", True),
         ("1.0", "1", True),
-        ("007", "7", True),
+        ("007", "7", False),
+        ("0", "00000", False),
+        ("1e9", "1000000007", False),
+        ("1.000000007e9", "1000000007", True),
+        ("1000000007.0", "+1000000007", True),
+        ("1000000008.0", "1000000007.0", False),
+        ("1e-9", "0", False),
+        ("1e-9", "0.0", True),
+        ("0.0", "1.6e-19", False),
+        ("2.9999999", "3", False),
+        ("2.9999999", "3.0", True),
+        ("NaN", "nan", True),
+        ("1_0.5", "10.5", False),
+        ("1e" + "9" * 5000, "1", False),
+        ("0" * 40_000 + "x", "7", False),
         ("1e3", "1000.0", True),
         ("100001", "100000", False),
         ("1 2 3", "1 2\n3", False),
@@ -310,8 +405,79 @@ PLAIN = st.recursive(
 @given(PLAIN)
 @settings(max_examples=200, deadline=None)
 def test_values_survive_the_channel(value):
-    back = decode(json.loads(json.dumps(encode(value))))
-    assert back == value and repr(type(back)) == repr(type(value)) and same_value(back, value)
+    sent = json.loads(json.dumps(encode(value)))
+    back = decode(sent)
+    assert back == value and repr(type(back)) == repr(type(value)) and same_value(read_value(sent), value, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "holds"),
+    [
+        ("f(2) == 4", 4, True),
+        ("f(2) == 4", 4.0, True),
+        ("f(2) == 4", 4.0001, False),
+        ("4 == f(2)", 4, True),
+        ("f(2) != 4", 5, True),
+        ("f(2) is None", None, True),
+        ("f(2) in (3, 4)", 4, True),
+        ("3 in f(2)", [1, 3], True),
+        ("set(f(2)) == {1, 2}", [2, 1, 1], True),
+        ("sorted(f(2), reverse=True) == [2, 1]", (1, 2), True),
+        ("len(f(2)) == 2 and max(f(2)) == 9", {9: 0, 1: 0}, True),
+        ("f(2) == {'a': {1, 2}, (1, 2): None}", {"a": {2, 1}, (1, 2): None}, True),
+        ("list(f(2)) == [1, 2]", iter([1, 2]), True),
+        ("f(2) % (10**9 + 7) == 3", 10**9 + 10, True),
+        ("f(2) == [0] * 3", [0, 0, 0], True),
+        ("type(f(2)) is list", [], True),
+        ("all(f(2)) or f(2) == []", [0], False),
+        ("str(f(2)) == '4'", 4, True),
+        ("f(2)", [], False),
+    ],
+)
+def test_claims_are_judged_here(claim, value, holds):
+    (read,) = read_asserts(f"assert {claim}")
+    assert all(source == "f(2)" for source in read.request["values"]) and read.request["needs"] == ["f"]
+    reply = {"value": json.loads(json.dumps(encode(value)))}
+    assert read.holds([reply] * len(read.request["values"])) is holds
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("assert all(f(x) == x for x in [1, 2])", "computes inside"),
+        ("for x in [1]:\n    assert f(x) == x", "an assert inside `for x in \\[1\\]:`"),
+        ("def check(g):\n    assert g(2) == 4\ncheck(f)", "an assert inside `def check"),
+        ("def same(a, b): return a == b\nassert same(f(2), 4)", "leaves the judgement to `same`"),
+        ("def near(a, b): return abs(a - b)\nassert near(f(2), 4) == 0", "gives `near` more than"),
+        ("ok = lambda a: a == 4\nassert ok(f(2)) == True", "leaves the judgement to `ok`"),
+        ("import operator\nassert operator.eq(f(2), 4)", "leaves the judgement to `operator.eq`"),
+        ("ok = f(2) == 4\nassert ok", "compares inside"),
+        ("wrong = 0\nfor x in (1, 2):\n    if f(x) != x:\n        wrong += 1\nassert wrong == 0", "compares inside"),
+        ("gap = abs(f(2) - 4)\nassert gap < 0.1", "more than|computes inside|leaves the judgement"),
+        ("try:\n    f(2)\nexcept KeyError:\n    raised = True\nassert raised", "something true was computed inside"),
+        (
+            "class Near:\n    def same(self, a, b): return a == b\nn = Near()\nassert n.same(f(2), 4)",
+            "leaves the judgement",
+        ),
+        ("gap = lambda x, y: f(x) - y\nassert gap(2, 4) == 0", "leaves the judgement"),
+        ("assert f(2).__eq__(4)", "a method that the program's objects"),
+        ("assert f(2) == Counter('a')", "compares with `Counter"),
+        ("x = [1]\nassert f(x) == x", "compares with `x`"),
+        ("assert 1 == 1", "asks nothing"),
+        ("assert (f(2) == 4) == g(lambda: 1, f(3))[f(2):] and [a == 4 for a in f(2)]", "computes inside"),
+    ],
+)
+def test_asserts_that_cannot_be_judged_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_asserts(source)
+
+
+def test_what_is_compared_with_never_goes_in():
+    claims = read_asserts("want = [7, 8]\ng = f([1])\nassert g == want\nassert f(2) == want and f(3) == 7")
+    assert [claim.request["values"] for claim in claims] == [["g"], ["f(2)", "f(3)"]]
+    assert "7" not in json.dumps([claim.request for claim in claims])
+    (claim,) = read_asserts("given = [7]\nassert f(given) == 1")
+    assert claim.request["setup"] == "given = [7]"
 
 
 @given(st.text(alphabet="`python3 \n\tx", max_size=200), st.text(max_size=50), st.text(max_size=50))

@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 
-from prime_fast.rewards import RewardPool, escapes, score
+from prime_fast.rewards import RewardPool, cgroup, escapes, score
 from prime_fast.rewards.attacks import ATTACKS, READ, STDIN
 
 SUM = "print(sum(map(int, input().split())))"
@@ -71,6 +71,11 @@ def pool(world):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(name, world, pool):
     assert escapes.attack(name, world, pool) is None
+
+
+def test_the_readme_counts_them():
+    readme = Path(escapes.__file__).parents[2] / "README.md"
+    assert f"`prime-fast doctor` tries {len(ATTACKS)} ways" in readme.read_text()
 
 
 def test_attacks_are_valid_python():
@@ -172,14 +177,141 @@ class TestRefusal:
             RewardPool("code", sandbox="off")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["environment", "tcp connection", "fork bomb", "kill of a neighbour", "memory by bytes", "shell", "endless loop"],
-)
-def test_rlimits_only_still_holds(name, world, caplog):
-    with caplog.at_level(logging.WARNING), RewardPool("code", 1, escapes.SECONDS, "rlimits-only") as pool:
-        assert escapes.attack(name, world, pool) is None
+HELD_BY_LIMITS = [
+    "environment",
+    "tcp connection",
+    "fork bomb",
+    "kill of a neighbour",
+    "memory by bytes",
+    "shell",
+    "endless loop",
+    "signal to a pipe's owner",
+    "signal to a pipe's owner, the longer way",
+    "signal to a socket's owner",
+    "priority of others",
+    "processors of others",
+    "scheduling of others",
+    "input and output of others",
+    "life beyond the parent's",
+    "pages given to a pipe",
+    "queues of asynchronous io",
+    "large pipes",
+    "timers by the thousand",
+]
+USES_PYTHON = """
+import os, concurrent.futures, encodings.idna, fractions, importlib.metadata
+import numpy as np
+open('kept', 'w').write(input())
+print(np.arange(int(open('kept').read())).sum() if os.listdir() == ['kept'] else os.listdir())
+"""
+
+
+@pytest.fixture(scope="module")
+def open_pool():
+    with RewardPool("code", 1, escapes.SECONDS, "rlimits-only") as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", HELD_BY_LIMITS)
+def test_rlimits_only_still_holds(name, world, open_pool):
+    assert escapes.attack(name, world, open_pool) is None
+
+
+def test_rlimits_only_runs_what_needs_all_of_python(caplog):
+    """Also where Python lies in the home of root, who becomes nobody."""
+    row = {"reward_model": {"ground_truth": {"inputs": ["3", "4"], "outputs": ["3", "6"]}}}
+    with caplog.at_level(logging.WARNING):
+        assert score([USES_PYTHON], [row], workers=1, timeout=60.0, reward="code", sandbox="rlimits-only") == [1.0]
     assert "SANDBOX OFF" in caplog.text
+
+
+LIMITED = {
+    "memory": "x = bytearray(1 << 31)",
+    "output": "print('x' * (1 << 23))",
+    "files": "x = [open('/dev/null') for _ in range(99)]",
+    "threads": "import threading, time\n"
+    "for _ in range(999): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+    "": "print(3)",
+}
+
+
+def test_limits_that_were_hit_are_told():
+    called = {"reward_model": {"ground_truth": {"inputs": [[1]], "outputs": [1], "fn_name": "f"}}}
+    held = "x = bytearray(b'x' * (1 << 26))\ndef f(x): return x"
+    with RewardPool("code", workers=1, timeout=60.0) as pool:
+        *verdicts, kept = pool.judge([*LIMITED.values(), held], [ROW] * len(LIMITED) + [called])
+    assert [verdict.usage.limits for verdict in verdicts] == [(limit,) if limit else () for limit in LIMITED]
+    assert all(verdict.usage.seconds > 0 and verdict.usage.memory > 1 << 20 for verdict in verdicts)
+    assert kept.outcome == 1.0 and kept.usage.memory > 1 << 26 and not kept.usage.limits
+
+
+def test_the_limit_on_time_cannot_be_ignored():
+    """Neither of a test nor of a call, by the CPU time that it takes, whatever the clock says."""
+    code = """
+        import time
+        from prime_fast.rewards.sandbox import Sandbox
+        burn = "import signal\\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\\ndef f():\\n    while True: pass\\n"
+        for code, calls, request in ((burn + "f()", False, {"stdin": ""}), (burn, True, {"args": []})):
+            with Sandbox("namespaces", 1, 60) as box:
+                for ask in ({"code": code, "function": "f", "calls": calls}, request):
+                    reply = box.ask(ask, time.monotonic() + 60)
+                print(reply["stopped"], reply["limit"], 0.9 < reply["cpu"] < 3)
+    """
+    assert run(code).stdout.split() == ["True", "cpu", "True"] * 2
+
+
+class TestCgroup:
+    MOUNTS = "25 1 0:22 / {root} rw,nosuid - cgroup2 cgroup2 rw\n"
+
+    @pytest.fixture
+    def tree(self, tmp_path):
+        """Of a machine whose session may divide its own cgroup among its children, but holds processes itself."""
+        for path, controllers in (
+            (".", "cpu memory pids"),
+            ("user", "memory pids"),
+            ("user/run", ""),
+            ("user/low", "pids"),
+        ):
+            (tmp_path / path).mkdir(exist_ok=True)
+            (tmp_path / path / "cgroup.subtree_control").write_text(controllers + "\n")
+            (tmp_path / path / "cgroup.procs").touch()
+        return tmp_path
+
+    def find(self, tree, own):
+        return cgroup.find(f"5:memory:/x\n0::{own}\n", self.MOUNTS.format(root=tree))
+
+    def test_where_it_is_made(self, tree):
+        assert self.find(tree, "/") == tree
+        assert self.find(tree, "/user") == self.find(tree, "/user/run") == self.find(tree, "/user/low") == tree / "user"
+
+    def test_why_not(self, tree):
+        (tree / "user" / "cgroup.subtree_control").write_text("pids\n")
+        with pytest.raises(cgroup.NoCgroup, match="gives its children no memory controller"):
+            self.find(tree, "/user/low/deep")
+        with pytest.raises(cgroup.NoCgroup, match="no cgroup v2 is mounted"):
+            cgroup.find("4:memory:/x\n", "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
+
+    def test_what_it_is_told_and_tells(self, tree):
+        group = cgroup.Cgroup(tree / "user")
+        group.add(7)
+        written = {path.name: path.read_text() for path in group.folder.iterdir()}
+        assert written == {
+            "memory.max": str(cgroup.MEMORY_BYTES),
+            "memory.swap.max": "0",
+            "memory.oom.group": "1",
+            "pids.max": str(cgroup.PIDS),
+            "cgroup.procs": "7",
+        }
+        for name, text in (("memory.peak", "9"), ("memory.events", "max 4\noom_kill 1"), ("pids.events", "max 0")):
+            (group.folder / name).write_text(text + "\n")
+        assert group.took() == {"memory": 9, "limit": "memory"}
+
+    def test_what_the_killed_leave_is_removed(self, tree, monkeypatch):
+        monkeypatch.setattr(cgroup, "parent", lambda: tree)
+        for pid in (7, 71):
+            (tree / f"prime-fast-{pid}-0a").mkdir()
+        cgroup.sweep(7)
+        assert [path.name for path in tree.glob("prime-fast-*")] == ["prime-fast-71-0a"]
 
 
 def test_bubblewrap():
@@ -204,26 +336,37 @@ def test_bubblewrap():
     assert out.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "0.0"], out.stderr
 
 
-@pytest.mark.parametrize("whom", ["parent", "scorer", "watcher"])
-def test_no_program_survives_a_kill(whom):
+@pytest.mark.parametrize(
+    ("sandbox", "whom"),
+    [("namespaces", ["parent"]), ("namespaces", ["scorer"]), ("namespaces", ["watcher"])]
+    + [("rlimits-only", ["watcher", "scorer"])],
+)
+def test_no_program_survives_a_kill(sandbox, whom, tmp_path):
     """SIGKILL of any of our processes while a program runs ends that program."""
     code = f"""
         from prime_fast.rewards import RewardPool
-        pool = RewardPool("code", workers=1, timeout=600)
+        pool = RewardPool("code", workers=1, timeout=600, sandbox={sandbox!r})
         print(pool._pool[0].process.pid, flush=True)
-        pool.score(["while True: pass"], [{ROW!r}])
+        pool.score(["import ctypes\\nctypes.CDLL(None).prctl(1, 0)\\nwhile True: pass"], [{ROW!r}])
+        pool.close()
     """
-    parent = processes.start([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    parent = processes.start(command, stdout=subprocess.PIPE, env=environment)
     watcher = int(parent.stdout.readline())
     for _ in range(200):
         if len(family := escapes.descendants(watcher)) >= 3:
             break
         time.sleep(0.05)
     scorer = family[0]
-    victim = {"parent": parent.pid, "watcher": watcher, "scorer": scorer}[whom]
-    os.kill(victim, signal.SIGKILL)
+    assert bool(list(tmp_path.iterdir())) is (sandbox == "rlimits-only")
+    for victim in whom:
+        os.kill({"parent": parent.pid, "watcher": watcher, "scorer": scorer}[victim], signal.SIGKILL)
     try:
         assert all(_ends(pid) for pid in family[1:])
+        if whom != ["parent"]:
+            parent.wait(60)  # it closes the pool
+        assert not list(tmp_path.iterdir())
     finally:
         processes.end(parent)
     assert _ends(watcher) and _ends(scorer)

@@ -14,6 +14,7 @@ from prime_fast.engine.batch import Group
 from prime_fast.engine.distributed import Stop
 from prime_fast.evaluation import evaluate
 from prime_fast.metrics import read_metrics
+from prime_fast.rewards.code import Usage
 from prime_fast.rollout import failures
 from prime_fast.trainer import Trainer
 
@@ -106,6 +107,19 @@ def test_programs_that_were_stopped_have_their_verdict():
     group = Group(0, 0, (), (), (0.5, 0.5, 0.5, 0.0), failures=tuple((kind, "") for kind in kinds))
     assert failures.shares([group]) == {"reward_errors": 0, "reward_timeouts": 1, "reward_crashes": 0}
     assert failures.unscored([group]) == 0.25
+
+
+def test_limits_are_shares_of_the_programs():
+    took = Usage(1.5, 3 << 20, ("cpu", "output")), Usage(0.5, 1 << 20, ()), Usage(0.0, 0, ("output",)), Usage()
+    groups = [Group(0, 0, (), (), (0.0,) * 3, programs=took[:1]), Group(1, 0, (), (), (0.0,) * 3, programs=took[1:])]
+    assert failures.limits(groups) == {
+        **dict.fromkeys(("sandbox_time", "sandbox_memory", "sandbox_files", "sandbox_threads"), 0.0),
+        "sandbox_cpu": 0.25,
+        "sandbox_output": 0.5,
+        "sandbox_peak_mib": 3.0,
+        "sandbox_cpu_seconds": 0.5,
+    }
+    assert failures.limits([Group(0, 0, (), (), (1.0,))]) == {}
 
 
 VERL, TRL = "data_source, solution_str, ground_truth, extra_info", "completions, hint"

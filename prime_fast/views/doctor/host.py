@@ -29,7 +29,7 @@ def disk(run_dir: str) -> Iterator[Check]:
 
 
 def sandbox(quick: bool = False) -> Iterator[Check]:
-    from prime_fast.rewards import RewardPool, escapes
+    from prime_fast.rewards import RewardPool, cgroup, escapes
     from prime_fast.rewards.sandbox import MEMORY_BYTES
 
     try:
@@ -37,6 +37,12 @@ def sandbox(quick: bool = False) -> Iterator[Check]:
     except (ValueError, RuntimeError, OSError) as error:
         yield Check("sandbox", "FAIL", str(error))
         return
+    try:
+        folder = cgroup.parent()
+        held = f"memory and processes of each program are held by a cgroup of its own in {folder}"
+    except cgroup.NoCgroup as error:
+        held = f"memory and processes are held by each process's limits alone: {error}"
+    yield Check("sandbox, cgroup", "ok", held)
     limits = f"{MEMORY_BYTES >> 20} MiB, one process, no network for each program"
     if quick:
         yield Check("sandbox", "ok", f"starts: {limits}; escapes were not tried")

@@ -1,0 +1,208 @@
+"""What asserts compute on values of programs, as `compare.read_value` makes them: cheap, whatever these are."""
+
+import ast
+import math
+import operator
+from typing import Any
+
+from prime_fast.rewards.compare import Map, Set, as_set, key, same_value
+
+MAX_BITS, MAX_POWER, MAX_RANGE = 1 << 16, 64, 1 << 20  # of numbers of a program's that are computed with
+
+
+def as_list(*items):
+    return list(items)
+
+
+def as_tuple(*items):
+    return items
+
+
+def both(*values):
+    return all(map(bool, values))
+
+
+def either(*values):
+    return any(map(bool, values))
+
+
+def negation(value):
+    return not value
+
+
+def bounded(function):
+    """Arithmetic that may be given a program's values: on numbers of a sensible size, and on sequences a sum."""
+
+    def compute(left, right):
+        if function is operator.add and type(left) is type(right) and isinstance(left, str | list | tuple):
+            return left + right
+        left, right = _small(left), _small(right)
+        if function is operator.pow and abs(right) > MAX_POWER:
+            raise OverflowError("a power beyond what is computed")
+        return function(left, right)
+
+    return compute
+
+
+def _same(left, right):
+    return same_value(left, right, strict=True)
+
+
+def _is(left, right):
+    """`is` of what there is one of; of anything else, equality."""
+    return left is right if isinstance(right, bool | type | None) else _same(left, right)
+
+
+def _in(item, items):
+    if isinstance(items, str):
+        return isinstance(item, str) and item in items
+    if isinstance(items, Set | Map):
+        return key(item) in items
+    return any(_same(one, item) for one in _items(items))
+
+
+def _ordered(function):
+    def compare(left, right):
+        if not all(isinstance(one, int | float | str | list | tuple) for one in (left, right)):
+            raise TypeError("these have no order here")
+        return function(left, right)
+
+    return compare
+
+
+def _number(value: Any) -> int | float:
+    if not isinstance(value, int | float):
+        raise TypeError(f"a {type(value).__name__} is no number")
+    return value
+
+
+def _small(value: Any) -> int | float:
+    if isinstance(_number(value), int) and value.bit_length() > MAX_BITS:
+        raise OverflowError("a number beyond what is computed with")
+    return value
+
+
+def _items(value: Any) -> Any:
+    if isinstance(value, Set):
+        return list(value.values())
+    if isinstance(value, Map):
+        return [item for item, _ in value.values()]
+    if isinstance(value, str | list | tuple) or hasattr(value, "__next__"):
+        return value
+    raise TypeError(f"a {type(value).__name__} has no items")
+
+
+def _all(items):
+    return all(map(bool, _items(items)))
+
+
+def _any(items):
+    return any(map(bool, _items(items)))
+
+
+def _bool(value):
+    return bool(value)
+
+
+def _min(*values):
+    return min(_items(values[0]) if len(values) == 1 else values)
+
+
+def _max(*values):
+    return max(_items(values[0]) if len(values) == 1 else values)
+
+
+def _text(value):
+    if not (value is None or isinstance(value, int | float | str)):
+        raise TypeError(f"the text of a {type(value).__name__} is not computed")
+    return str(value)
+
+
+def _range(*bounds):
+    found = range(*bounds)
+    if len(found) > MAX_RANGE:
+        raise OverflowError("a range beyond what is computed")
+    return list(found)
+
+
+def _isclose(a, b, *, rel_tol=1e-9, abs_tol=0.0):
+    return math.isclose(_number(a), _number(b), rel_tol=rel_tol, abs_tol=abs_tol)
+
+
+def _allclose(a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
+    """numpy's, of lists of one shape, or of one with a number."""
+    nested = [isinstance(one, list | tuple) for one in (a, b)]
+    if all(nested):
+        return len(a) == len(b) and all(_allclose(x, y, rtol, atol, equal_nan) for x, y in zip(a, b, strict=True))
+    if any(nested):
+        many, one = (a, b) if nested[0] else (b, a)
+        return all(_allclose(*((x, one) if nested[0] else (one, x)), rtol, atol, equal_nan) for x in many)
+    a, b = _number(a), _number(b)
+    if math.isnan(a) or math.isnan(b):
+        return equal_nan and math.isnan(a) and math.isnan(b)
+    return a == b or (math.isfinite(a) and math.isfinite(b) and abs(a - b) <= atol + rtol * abs(b))
+
+
+def _array_equal(a, b):
+    return same_value(a, b)
+
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "set": Set, "dict": Map}
+NUMBERS = {"math.pi": math.pi, "math.e": math.e, "math.inf": math.inf, "math.nan": math.nan}
+NUMBERS |= {f"{np}.{name}": getattr(math, name) for np in ("np", "numpy") for name in ("pi", "e", "inf", "nan")}
+JUDGES = {
+    "abs": lambda x: abs(_number(x)),
+    "round": lambda number, ndigits=None: round(_number(number), ndigits),
+    "len": lambda items: len(items),
+    "sum": lambda items, start=0: sum(map(_number, _items(items)), start),
+    "min": _min,
+    "max": _max,
+    "sorted": lambda items, reverse=False: sorted(_items(items), reverse=reverse),
+    "list": lambda items=(): list(_items(items)),
+    "tuple": lambda items=(): tuple(_items(items)),
+    "set": lambda items=(): as_set(_items(items)),
+    "frozenset": lambda items=(): as_set(_items(items)),
+    "range": _range,
+    "all": _all,
+    "any": _any,
+    "bool": _bool,
+    "int": lambda x=0: int(x if isinstance(x, str) else _number(x)),
+    "float": lambda x=0.0: float(x if isinstance(x, str) else _number(x)),
+    "str": _text,
+    "type": lambda value: type(value),
+    "isinstance": lambda value, kinds: isinstance(value, kinds),
+    "math.isclose": _isclose,
+    "isclose": _isclose,
+}
+for np in ("np", "numpy"):
+    JUDGES |= {f"{np}.allclose": _allclose, f"{np}.isclose": _allclose, f"{np}.array_equal": _array_equal}
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+UNARY = {ast.Not: negation, ast.USub: lambda x: -_number(x), ast.UAdd: lambda x: +_number(x)}
+COMPARISONS = {
+    ast.Eq: _same,
+    ast.NotEq: lambda left, right: not _same(left, right),
+    ast.Is: _is,
+    ast.IsNot: lambda left, right: not _is(left, right),
+    ast.In: _in,
+    ast.NotIn: lambda item, items: not _in(item, items),
+    ast.Lt: _ordered(operator.lt),
+    ast.LtE: _ordered(operator.le),
+    ast.Gt: _ordered(operator.gt),
+    ast.GtE: _ordered(operator.ge),
+}
+TRUTHS = (negation, both, either, _all, _any, _bool)  # what asks of a value only whether it is true
+
+
+def only_truths(value: Any) -> bool:
+    """Whether who finds such a value may as well guess it."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(only_truths, value))
+    return value is None or isinstance(value, bool)
