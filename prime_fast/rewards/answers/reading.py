@@ -1,0 +1,78 @@
+r"""What is read as the answer of a response; in time linear in what is looked at.
+
+The last complete \boxed{}; without one (and not `strict`) a last line `#### x`, else what follows the last "answer is",
+else the last number or formula. Only the end of a response is looked at, so that the cost does not grow with it.
+"""
+
+import re
+
+BOX_TAIL_CHARS = 20_000  # for the last \boxed{}
+TEXT_TAIL_CHARS = 1_000  # for an answer in plain text
+
+NUMBER = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?"
+ARITHMETIC = rf"{NUMBER}(?:\s?[-+*/^×÷]\s?{NUMBER}| {NUMBER}/{NUMBER})*"
+UNIT = r"\s?(?:%|percent|°|degrees?|[A-Za-zµ]{1,6}(?:\^?[23²³])?(?:/[A-Za-z]{1,3}[23²³]?)?(?![A-Za-z]))"
+FORMULA = r"\$\$[^$]+\$\$|\$[^$\n]+\$|\\\([^\n]*?\\\)|\\\[.*?\\\]"
+CANDIDATE = re.compile(
+    rf"(?P<formula>{FORMULA})|(?<![\w.,])(?P<number>[-−]?[$€£]?{ARITHMETIC}(?![0-9])(?:{UNIT})?)", re.DOTALL
+)
+ANNOUNCED = re.compile(r"\banswer\b(?:\s+to\s[^.\n:]{1,100})?(?:\s+(?:is|are|equals)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
+FILLER = re.compile(r"(?:\s|\*\*|:|(?:therefore|thus|hence|simply|just|exactly|equal to|given by)\b)*", re.IGNORECASE)
+SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|,\s+(?=(?:because|since|as|which|so|where|with|i)\b)|\*\*", re.IGNORECASE)
+JOINED = re.compile(r"\s*(?:,|/|-|–|to|through|,?\s*(?:and|or|and/or)[^.!?\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
+DENIED = re.compile(r"(?:\bnot|n't|\bnever|\bno)\s+(?:\w+\s+)?\Z")
+
+
+def final_answer(response: str, strict: bool = False) -> str | None:
+    """The text of the answer that a response gives; None if it gives none."""
+    box = last_box(response[-BOX_TAIL_CHARS:])
+    if box is not None or strict:
+        return box
+    tail = response[-TEXT_TAIL_CHARS:]
+    return _last_hashes(tail) or _announced(tail) or _last_candidate(tail)
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last \boxed{} or \fbox{} that has balanced braces and is not empty; None if there is none.
+
+    Of boxes in a box it is the outer one that counts.
+    """
+    open_braces, content = [], None
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token.group() == "}":
+            start = open_braces.pop() if open_braces else None
+            inner = text[start : token.start()].strip() if start is not None else ""
+            content = inner or content
+        elif token.group().endswith("{") and token.group() != r"\{":
+            open_braces.append(token.end() if len(token.group()) > 1 else None)
+    return content
+
+
+def _last_hashes(text: str) -> str | None:
+    """x of a last line `#### x`, as GSM8K's solutions end (x starts like a number or formula: not a heading)."""
+    found = re.search(r"####[ \t]*([-+$\\(\[.\d][^\n]*)\s*\Z", text)
+    return found.group(1).strip() if found else None
+
+
+def _announced(text: str) -> str | None:
+    """What follows the last "answer is" or "answer:", to the end of its sentence."""
+    found = None
+    for found in ANNOUNCED.finditer(text):
+        pass
+    if found is None:
+        return None
+    start = FILLER.match(text, found.end()).end()
+    end = SENTENCE_END.search(text, start)
+    return text[start : end.start() if end else len(text)].strip() or None
+
+
+def _last_candidate(text: str) -> str | None:
+    """The last number or formula; with the one before it where the two are alternatives; None where it is denied."""
+    previous, last = None, None
+    for found in CANDIDATE.finditer(text):
+        previous, last = last, found
+    if last is None or DENIED.search(text, max(0, last.start() - 20), last.start()):
+        return None
+    if previous is not None and JOINED.fullmatch(text, previous.end(), last.start()):
+        return f"{previous.group()}, {last.group()}"
+    return last.group()
