@@ -15,6 +15,7 @@ from prime_fast.rewards.answers.notation import CLOSE, OPEN, closing_at, peel, s
 ANSWER_CHARS = 1_000  # a longer answer is wrong unless it is the ground truth, character by character
 MAX_ITEMS = 50
 MAX_DEPTH = 6
+INTEGER = re.compile(r"-?[0-9]+")
 
 
 def says(truth: str, answer: str) -> bool:
@@ -23,6 +24,8 @@ def says(truth: str, answer: str) -> bool:
         return True
     if max(len(answer), len(truth)) > ANSWER_CHARS:
         return False
+    if INTEGER.fullmatch(truth) and INTEGER.fullmatch(answer):  # most are: no need to look further
+        return int(truth) == int(answer)
     return same(tidy(truth), tidy(answer))
 
 
@@ -48,6 +51,8 @@ ANOTHER_LABEL = re.compile(r"\([A-J]\)|(?<![A-Za-z\\])[A-J](?:[).:]|\Z|(?=\s*,))
 def choice(truth: str, answer: str, depth: int) -> bool | None:
     """A letter is the option of that letter, with or without what it stands for, and never two of them."""
     (letter, meaning), (chosen, stated) = _labelled(truth), _labelled(answer)
+    if letter and re.fullmatch("[a-j]", answer):
+        chosen = answer.upper()
     if letter is None and (chosen is None or not stated):
         return None
     if stated and chosen and ANOTHER_LABEL.search(stated):
@@ -76,6 +81,7 @@ CONJUNCTION = re.compile(
     r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|land|vee|wedge)(?![A-Za-z]))\s*"
 )
 THOUSANDS = re.compile(r"(?<![0-9.,A-Za-z_])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+UNION = re.compile(r"\\cup(?![A-Za-z])\s*")
 NAMED = re.compile(r"([^=]+)=(.+)")
 
 
@@ -89,7 +95,14 @@ def collection(truth: str, answer: str, depth: int) -> bool | None:
         return None if (wanted, given) == ([truth], [answer]) else same(wanted[0], given[0], depth)
     if len(wanted) != len(given):
         return _same_point(wanted, given, depth) if len(given) == 1 else _same_point(given, wanted, depth, named=True)
+    if bool(_subjects(wanted)) != bool(_subjects(given)) and len(_subjects(wanted) | _subjects(given)) > 1:
+        return False  # 4, 5 does not say which of x = 4, y = 5 is which
     return len(wanted) <= MAX_ITEMS and matched(wanted, given, depth)
+
+
+def _subjects(parts: Sequence[str]) -> set[str]:
+    """The names of which a list says something."""
+    return {squeeze(found[1]) for part in parts if (found := NAMED.fullmatch(part)) and name(found[1])}
 
 
 def matched(wanted: Sequence[str], given: Sequence[str], depth: int) -> bool:
@@ -131,11 +144,11 @@ def items(text: str, thousands: bool = False) -> list[str]:
     protected = text if thousands else THOUSANDS.sub(lambda found: found.group().replace(",", ""), text)
     parts = split(CONJUNCTION.sub(";", protected), ",;")
     if len(parts) == 1:
-        unions = split(protected.replace(r"\cup ", "\0"), "\0") if r"\cup" in protected else [text]
+        unions = split(UNION.sub("\0", protected), "\0")
         return [text] if len(unions) == 1 and not _has_both_signs(text) else _signed(unions)
     parts = _signed(parts)
     names = [_family(found[1]) if (found := NAMED.fullmatch(part)) and name(found[1]) else None for part in parts]
-    if names[0] and all(one in (names[0], None) for one in names) and (None not in names or not any(names[1:])):
+    if names and names[0] and all(one in (names[0], None) for one in names) and (None not in names or not any(names[1:])):
         return [part.partition("=")[2] if own else part for own, part in zip(names, parts, strict=True)]
     return parts
 
@@ -177,6 +190,9 @@ def relation(truth: str, answer: str, depth: int) -> bool | None:
     wanted, given = sides(truth), sides(answer)
     if not wanted and not given:
         return None
+    wanted, given = (one[0][1] if one and one[1] == [r"\in"] and name(one[0][0]) else one for one in (wanted, given))
+    if isinstance(wanted, str) or isinstance(given, str):  # x \in (1, 2) says (1, 2)
+        return same(wanted if isinstance(wanted, str) else truth, given if isinstance(given, str) else answer, depth)
     if not wanted:
         return _stated(truth, *given, depth)
     if not given:
@@ -216,8 +232,6 @@ def name(text: str) -> bool:
 
 def _stated(truth: str, parts: list[str], signs: list[str], depth: int) -> bool:
     """Every side of a chain is a name or says the truth, and one does."""
-    if signs == [r"\in"]:
-        return name(parts[0]) and same(truth, parts[1], depth)
     if set(signs) - {"="}:
         interval = _interval(parts, signs)
         return interval is not None and same(truth, interval, depth)
@@ -228,7 +242,7 @@ def _stated(truth: str, parts: list[str], signs: list[str], depth: int) -> bool:
 
 def _value_of(parts: list[str], signs: list[str], answer: str, depth: int) -> bool:
     """What an answer without a relation has to say: the value that the truth gives to one name."""
-    if signs == [r"\in"] or (set(signs) == {"="} and (SIMPLE_NAME.fullmatch(parts[0]) or NAMES.fullmatch(parts[0]))):
+    if set(signs) == {"="} and (SIMPLE_NAME.fullmatch(parts[0]) or NAMES.fullmatch(parts[0])):
         return same(parts[-1], answer, depth)
     interval = _interval(parts, signs)
     return interval is not None and same(interval, answer, depth)
@@ -323,7 +337,7 @@ def _bracketed(text: str) -> tuple[str, list[str]] | None:
 
 # 5. Words
 
-WORDS = re.compile(r"(?:[A-Za-z][A-Za-z'-]+|[A-Za-z])(?:\s+[A-Za-z'-]+)*")
+WORDS = re.compile(r"(?:[A-Za-z]{2,}(?:-[A-Za-z]{2,}|'[A-Za-z]+)*|[A-Za-z](?=\s+[A-Za-z]{2}))(?:\s+[A-Za-z'-]+)*")
 
 
 def words(truth: str, answer: str, depth: int) -> bool | None:

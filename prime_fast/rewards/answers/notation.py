@@ -61,7 +61,7 @@ RULES = [
         (r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\s*", r"\\degree "),
         (r"(?<=[0-9}])\s*(?:\\text\{\s*degrees?\s*\}|degrees?\b)", r"\\degree "),
         (r"\\[()\[\]]", ""),
-        (r"\\\$|\\text\{\s*\$\s*\}|\A([-+]?)\$(?=[^$]*\Z)|(?<=[0-9])\$\Z", r"\1\\dollar "),
+        (r"\\\$|\\text\{\s*\$\s*\}|\A([^$]*)\$(?=[^$]*\Z)", lambda found: (found[1] or "") + r"\dollar "),
         (r"\$", ""),
         (r"\s*\{\s*,\s*\}\s*", ","),
         (r"\A\*\*|\*\*\Z", ""),
@@ -91,15 +91,19 @@ RULES = [
         (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
         (r"\\frac\s*\{([^{}]*)\}\s*([0-9A-Za-z])", r"\\frac{\1}{\2}"),
         (r"(\}) (?=\{)", r"\1"),
+        (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),
         (r"\s+", " "),
     )
 ]
+PLAIN = re.compile(r"[-+0-9A-Z.,/() ]*")
 OPEN, CLOSE = "([{", ")]}"
 ENCLOSING = re.compile(r"\\boxed\s*\{|\\fbox\s*\{|\\text\s*\{|\{|\(")
 
 
 def tidy(text: str) -> str:
     """`text` in the one spelling, without what only encloses or ends it."""
+    if PLAIN.fullmatch(text):
+        return peel(text)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda found: f"^{{{found.group().translate(SUPERSCRIPTS)}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda found: f"_{{{found.group().translate(SUBSCRIPTS)}}}", text)
     text = "".join(SIGNS.get(sign, sign) for sign in text)

@@ -11,7 +11,7 @@ TEXT_TAIL_CHARS = 1_000  # for an answer in plain text
 
 NUMBER = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?"
 ARITHMETIC = rf"{NUMBER}(?:\s?[-+*/^×÷]\s?{NUMBER}| {NUMBER}/{NUMBER})*"
-UNIT = r"\s?(?:%|percent|°|degrees?|[A-Za-zµ]{1,6}(?:\^?[23²³])?(?:/[A-Za-z]{1,3}[23²³]?)?(?![A-Za-z]))"
+UNIT = r"\s?(?!(?:or|and|to|is|are|was|in|of|if|so|by|at|as|but)\b)(?:%|percent|°|degrees?|[A-Za-zµ]{1,6}(?:\^?[23²³])?(?:/[A-Za-z]{1,3}[23²³]?)?(?![A-Za-z]))"
 FORMULA = r"\$\$[^$]+\$\$|\$[^$\n]+\$|\\\([^\n]*?\\\)|\\\[.*?\\\]"
 CANDIDATE = re.compile(
     rf"(?P<formula>{FORMULA})|(?<![\w.,])(?P<number>[-−]?[$€£]?{ARITHMETIC}(?![0-9])(?:{UNIT})?)", re.DOTALL

@@ -117,7 +117,7 @@ def _cut_at(text: str, body: str, rest: str) -> tuple[str, Unit | None]:
         if not re.search(r"[^\s{}]", rest):
             return body, None
     unit = parse(rest)
-    return (body, unit) if unit else (text, None)
+    return (body, unit) if unit and body.count("{") == body.count("}") else (text, None)
 
 
 def parse(text: str) -> Unit | None:
