@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_fast.rewards import RewardPool, score
-from prime_fast.rewards.math import TEXT_TAIL_CHARS, grade, last_box
+from prime_fast.rewards import math_attacks
+from prime_fast.rewards.answers.reading import TEXT_TAIL_CHARS
+from prime_fast.rewards.math import grade, last_box
 
 ROW = {"data_source": "test", "ability": "math", "reward_model": {"ground_truth": "7"}}
 

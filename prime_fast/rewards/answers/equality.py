@@ -179,7 +179,7 @@ GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|rho|sigma
 SYMBOL = rf"(?:[A-Za-z]|{GREEK})'*(?:_(?:\{{[^{{}}]*\}}|\w))?"
 SIMPLE_NAME = re.compile(
     rf"\s*(?:{SYMBOL}|\|?[A-Z]{{2,3}}\|?|\\?(?:angle|triangle|overline)\W*[A-Z]+\W*|{SYMBOL}(?:\^\{{?-1\}}?)?\s*\([^()=]*\)|"
-    r"\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z' ]+|[A-Z]:[A-Z]|\\overline\s*\{[^{}]*\})\s*"
+    rf"\\text\s*\{{[^{{}}]*\}}|[A-Za-z][A-Za-z' ]+|{SYMBOL}(?::{SYMBOL})+|\\frac\s*\{{[A-Z]{{1,3}}\}}\s*\{{[A-Z]{{1,3}}\}}|\\overline\s*\{{[^{{}}]*\}})\s*"
 )
 NAMES = re.compile(rf"\s*\(\s*{SYMBOL}(?:\s*[,;]\s*{SYMBOL})+\s*\)\s*")
 EXPONENTS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\s*\([^()]*\)")

@@ -78,6 +78,7 @@ RULES = [
         (r"\\langle", "("),
         (r"\\rangle", ")"),
         (r"\\[lr]brace(?![A-Za-z])", lambda found: r"\{" if found.group()[1] == "l" else r"\}"),
+        (r"[\[(]?\s*\\begin\{array\}\s*\{[^{}]*\}(.*?)\\end\{array\}\s*[\])]?", r"\\begin{pmatrix}\1\\end{pmatrix}"),
         (r"\\colon(?![A-Za-z])", ":"),
         (r"\\(?:ldots|cdots|dotsc|dots)(?![A-Za-z])|\.\.\.", r"\\dots "),
         (r"\\mathbb\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
