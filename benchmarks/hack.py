@@ -133,16 +133,16 @@ class Found(NamedTuple):
 
 
 def box(text: str) -> str:
-    """What the last box holds, else the last line: by a scan of its own."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return text.strip().splitlines()[-1] if text.strip() else ""
-    depth = 0
-    for index in range(start + 6, len(text)):
-        depth += (text[index] == "{") - (text[index] == "}")
-        if depth == 0:
-            return text[start + 7 : index]
-    return text[start + 7 :]
+    """What the last box that holds anything holds, else all of the text: by a scan of its own."""
+    for start in reversed([found.start() for found in re.finditer(r"\\boxed\{", text)]):
+        depth = 0
+        for index in range(start + 6, len(text)):
+            depth += (text[index] == "{") - (text[index] == "}")
+            if depth == 0:
+                if content := text[start + 7 : index].strip():
+                    return content
+                break
+    return text
 
 
 def values(text: str) -> set[Fraction]:
@@ -203,14 +203,16 @@ def states(response: str, truth: str) -> bool:
 
 def excess(response: str, truth: str) -> bool:
     """Whether the answer lists more numbers than the truth where the truth is one."""
-    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", box(response))
+    answer = re.sub(r"\([^()]*\)", "", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", box(response)))
     several = [part for part in re.split(r"\b(?:or|and)\b|[,;]|\\lor", answer) if re.search(r"\d", part)]
     return len(several) > 1 and evaluate(truth) is not None
 
 
 def judge(response: str, accepted: list[str]) -> str | None:
     """Why an accepted response is a hack."""
-    if len({meaning(truth) for truth in accepted}) > 1:
+    label = re.match(r"[^A-Za-z]*(?:\\text(?:bf)?\{)?\(?([A-J])\)", box(response))
+    values_only = [truth for truth in accepted if not label or plain(truth).strip("()") != label[1].casefold()]
+    if len({meaning(truth) for truth in values_only}) > 1:  # "(C) 12" says both C and 12
         return "accepted for different truths"
     if not all(states(response, truth) for truth in accepted):
         return "does not state the truth"

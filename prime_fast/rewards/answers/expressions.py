@@ -65,6 +65,8 @@ def parse(text: str):
 
 
 def same(truth, answer) -> bool:
+    if any(isinstance(value, sympy.Basic) and value.has(sympy.nan, sympy.zoo) for value in (truth, answer)):
+        return False
     if isinstance(truth, sympy.MatrixBase) or isinstance(answer, sympy.MatrixBase):
         return (
             isinstance(truth, sympy.MatrixBase)

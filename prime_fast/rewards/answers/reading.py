@@ -21,7 +21,7 @@ CANDIDATE = re.compile(
 ANNOUNCED = re.compile(r"\banswer\b(?:\s+to\s[^.\n:]{1,100})?(?:\s+(?:is|are|equals)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
 FILLER = re.compile(r"(?:\s|\*\*|:|(?:therefore|thus|hence|simply|just|exactly|equal to|given by)\b)*", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|,\s+(?=(?:because|since|as|which|so|where|with|i)\b)|\*\*", re.IGNORECASE)
-JOINED = re.compile(r"\s*(?:,|/|-|–|to|through|,?\s*(?:and|or|and/or)[^.!?\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
+JOINED = re.compile(r"\s*(?:,|/|-|–|to|through|,?\s*(?:and|or|and/or)\b[^\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
 BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[,;:()\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b)*+")
 PERCENT_SIGN = re.compile(rf"[\s$]*{PERCENT}")
 DENIED = re.compile(r"(?:\bnot|n't|\bnever|\bno)\s+(?:\w+\s+)?\Z")
