@@ -82,15 +82,17 @@ CONJUNCTION = re.compile(
 )
 THOUSANDS = re.compile(r"(?<![0-9.,A-Za-z_])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 UNION = re.compile(r"\\cup(?![A-Za-z])\s*")
+MEMBER = re.compile(r"([^{}]+?)\\in(?![A-Za-z])\s*(\\\{.*\\\})")
 NAMED = re.compile(r"([^=]+)=(.+)")
 
 
 def collection(truth: str, answer: str, depth: int) -> bool | None:
     r"""As many values on both sides, each of one saying one of the other. \pm is two values; x = 1, 2 is a list of x."""
-    wanted, given = items(truth), items(answer)
+    (name_of_truth, wanted), (name_of_answer, given) = items(truth), items(answer)
+    if name_of_truth and name_of_answer and name_of_truth != name_of_answer:
+        return False
     if len(wanted) != len(given):  # 100,200 may be one number or two
-        wanted, given = (items(text, thousands=len(own) > 1) for text, own in ((truth, given), (answer, wanted)))
-        wanted, given = (wanted or items(truth)), (given or items(answer))
+        wanted, given = _numbers(wanted, len(given)), _numbers(given, len(wanted))
     if len(wanted) == len(given) == 1:
         return None if (wanted, given) == ([truth], [answer]) else same(wanted[0], given[0], depth)
     if len(wanted) != len(given):
@@ -137,24 +139,34 @@ def _same_point(several: Sequence[str], point: Sequence[str], depth: int, named:
     return matched(several, expanded, depth)
 
 
-def items(text: str, thousands: bool = False) -> list[str]:
-    """The values that a text lists; thousands: whether commas between three digits separate too."""
+def _numbers(parts: list[str], count: int) -> list[str]:
+    """The `count` numbers that one with thousands separators may be instead."""
+    several = parts[0].split(",") if len(parts) == 1 else []
+    fits = several and len(several) == count and THOUSANDS.fullmatch(parts[0])
+    return several if fits and not any(one.startswith("0") for one in several) else parts
+
+
+def items(text: str) -> tuple[str | None, list[str]]:
+    """(the name of which all of them are values, the values that a text lists)"""
+    subject, thousands = None, False
+    if (found := MEMBER.fullmatch(text)) and name(found[1]):
+        subject, text = _family(found[1]), found[2]
     if text.startswith(r"\{") and closing_at(text, 1) == len(text) - 1:
-        text, thousands = text[2:-2], True
+        text, thousands = text[2:-2], True  # in braces a comma always separates
     protected = text if thousands else THOUSANDS.sub(lambda found: found.group().replace(",", ""), text)
     parts = split(CONJUNCTION.sub(";", protected), ",;")
     if len(parts) == 1:
         unions = split(UNION.sub("\0", protected), "\0")
-        return [text] if len(unions) == 1 and not _has_both_signs(text) else _signed(unions)
+        return subject, [text] if len(unions) == 1 and not _has_both_signs(text) else _signed(unions)
     parts = _signed(parts)
     names = [_family(found[1]) if (found := NAMED.fullmatch(part)) and name(found[1]) else None for part in parts]
     if names and names[0] and all(one in (names[0], None) for one in names) and (None not in names or not any(names[1:])):
-        return [part.partition("=")[2] if own else part for own, part in zip(names, parts, strict=True)]
-    return parts
+        return names[0], [part.partition("=")[2] if own else part for own, part in zip(names, parts, strict=True)]
+    return subject, parts
 
 
 def _has_both_signs(text: str) -> bool:
-    return re.search(r"\\[pm]*[pm]m?(?<=\\pm|\\mp)(?![A-Za-z])", text) is not None or r"\pm" in text or r"\mp" in text
+    return re.search(r"\\(?:pm|mp)(?![A-Za-z])", text) is not None
 
 
 def _signed(parts: Sequence[str]) -> list[str]:

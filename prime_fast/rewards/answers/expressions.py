@@ -24,7 +24,8 @@ MAX_DIGITS = 10_000  # of a number on the way to a value; what may be larger is 
 MAX_CHARS = 400  # of a formula
 MAX_NODES = 2_000
 MAX_NESTING = 12  # of brackets: each level costs the parser some multiple of the one outside
-PRECISION = 1_000  # digits to which a difference is followed
+PRECISION = 200  # digits to which the difference of two numbers is followed
+POINT_PRECISION = 30  # and that of formulas at a point
 MIN_POINTS = 3
 POINTS = [Fraction(*pair) for pair in ((7, 5), (13, 11), (3, 7), (-5, 3), (17, 6), (-11, 13), (23, 9), (-19, 4))]
 
@@ -82,7 +83,7 @@ def same(truth, answer) -> bool:
         return is_number(truth) and is_number(answer) and _same_number(truth, answer)
     if truth.free_symbols != answer.free_symbols:
         return False
-    met = [_same_number(*values) for values in _values(truth, answer)]
+    met = [_same_number(*values, POINT_PRECISION) for values in _values(truth, answer)]
     if len(met) < MIN_POINTS:
         return verify(truth, answer, timeout_seconds=None)
     return all(met)
@@ -98,7 +99,9 @@ def proportional(truth, answer, positive: bool = False) -> bool:
     if len(values) < MIN_POINTS:
         return False
     (first, image), *rest = values
-    if _same_number(image, sympy.Integer(0)) or not all(_same_number(one * image, first * other) for one, other in rest):
+    if _same_number(image, sympy.Integer(0)) or not all(
+        _same_number(one * image, first * other, POINT_PRECISION) for one, other in rest
+    ):
         return False
     return not positive or bool(sympy.re(sympy.N(first / image)) > 0)
 
@@ -183,15 +186,15 @@ def _bound(value, digits: float) -> float:
     return 10.0**digits if digits < 300 else math.inf
 
 
-def _same_number(one, other) -> bool:
+def _same_number(one, other, digits: int = PRECISION) -> bool:
     if one == other:
         return True
     if one.is_Rational and other.is_Rational or not (one.is_finite and other.is_finite):
         return False
     difference = one - other
-    for part in (sympy.re(difference), sympy.im(difference)):
-        rest = part.evalf(2, maxn=PRECISION)
-        if not rest.is_number or (rest != 0 and getattr(rest, "_prec", 1) != 1):
+    for part in [difference] if difference.is_real else [sympy.re(difference), sympy.im(difference)]:
+        rest = part.evalf(2, maxn=digits)
+        if not rest.is_number or (rest != 0 and getattr(rest, "_prec", 1) != 1):  # 1: lost in rounding at all digits
             return False
     return True
 

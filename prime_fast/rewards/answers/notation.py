@@ -61,7 +61,7 @@ RULES = [
         (r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\s*", r"\\degree "),
         (r"(?<=[0-9}])\s*(?:\\text\{\s*degrees?\s*\}|degrees?\b)", r"\\degree "),
         (r"\\[()\[\]]", ""),
-        (r"\\\$|\\text\{\s*\$\s*\}|\A([^$]*)\$(?=[^$]*\Z)", lambda found: (found[1] or "") + r"\dollar "),
+        (r"\\\$|\\text\{\s*\$\s*\}|\A([^$]*)(?<!\\)\$(?=[^$]*\Z)", lambda found: (found[1] or "") + r"\dollar "),
         (r"\$", ""),
         (r"\s*\{\s*,\s*\}\s*", ","),
         (r"\A\*\*|\*\*\Z", ""),
