@@ -236,7 +236,7 @@ def name(text: str) -> bool:
     if SIMPLE_NAME.fullmatch(text) or NAMES.fullmatch(text):
         return squeeze(text) not in (r"\pi",)
     bare = EXPONENTS.sub("", text)
-    if re.search(r"[0-9\[\]{}]", re.sub(r"\\(?:frac|sqrt)\s*|[{}]", "", bare)) or not re.search(r"[A-Za-z]", bare):
+    if re.search(r"[0-9\[\]{}:]", re.sub(r"\\(?:frac|sqrt)\s*|[{}]", "", bare)) or not re.search(r"[A-Za-z]", bare):
         return False
     value = expressions.parse(text)
     return not expressions.is_number(value) if value is not None else r"\pi" not in text

@@ -52,7 +52,7 @@ def equal(truth: str, answer: str) -> bool:
 @lru_cache(maxsize=512)
 def parse(text: str):
     """A tidy text as a SymPy object, decimals as exact fractions; None if math-verify cannot read it or it is too big."""
-    if len(text) > MAX_CHARS or FORBIDDEN.search(text) or not _known_commands(text) or _nesting(text) > MAX_NESTING:
+    if len(text) > MAX_CHARS or FORBIDDEN.search(re.sub(r"_\{\s*[A-Za-z]\s*=", "_{", text)) or not _known_commands(text) or _nesting(text) > MAX_NESTING:
         return None
     if r"\binom" in text and re.search(r"[0-9]{5}", text):
         return None  # math-verify computes it as it reads

@@ -55,7 +55,7 @@ RULES = [
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:(?:mathbf|mathit|boldsymbol|vec)\s*\{\s*([A-Za-z])\s*\}|mathrm\s*\{\s*([eid])\s*\})", r"\1\2"),
         (r"\\(?:math(?:rm|bf|it|sf|tt)|text(?:bf|it|rm|normal|sf|tt|sc)|mbox|hbox|emph|operatorname)\s*\{", r"\\text{"),
-        (r"\\text\s*\{\s*\}", ""),
+        (r"\\text\s*\{[\s.]*\}|\\color\s*\{[a-z]+\}|\\checkmark(?![A-Za-z])", ""),
         (r"\\text\s*\{((?:\\text\{[^{}]*\}|[^{}])*)\\text\{([^{}]*)\}([^{}]*)\}", r"\\text{\1\2\3}"),
         (r"\s*\\%|\s*\\text\{\s*(?:%|percent|percentage|pct)\s*\}|\s*\b(?:percent|percentage|pct)\b|\s+%", "%"),
         (r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\s*", r"\\degree "),
@@ -128,7 +128,8 @@ def peel(text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    """Without spaces, but for those that part two digits."""
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
 
 
 def closing_at(text: str, opening: int) -> int | None:
