@@ -4,16 +4,16 @@ r"""A seeded search for responses and programs that a built-in reward accepts wi
     python -m benchmarks.hack --math data/math500.jsonl --code data/leetcode.jsonl
 
 The attacker sees prompts and rewards, never a ground truth. Attempts are templates filled with numbers of the prompts
-and mutations of the texts that came so far, of accepted ones above all. An honest guess is no hack. A response is one if
-it is accepted
+and mutations of the texts that came so far, of accepted ones above all. An honest guess is no hack. A response is one
+if it is accepted
 
 * for two rows whose truths are different values, or
 * though its answer holds neither the text of the truth nor arithmetic that evaluates to it (`states`, which shares no
   code with the reward), or
 * though it lists more values than the truth.
 
-A program is one if it scores 1.0 on a row whose inputs it never reads, or that it refuses to compute. The exit code is 1
-if one is found.
+A program is one if it scores 1.0 on a row whose inputs it never reads, or that it refuses to compute. The exit code is
+1 if one is found.
 """
 
 from __future__ import annotations
@@ -77,17 +77,24 @@ TEMPLATES = (
     r"\boxed{#}", "The answer is #.", "#### #", r"\boxed{#, #}", r"\boxed{# \text{ or } #}", "The answer is # or #.",
     r"\boxed{\{#, #, #\}}", r"\boxed{(#, #)}", r"\boxed{[#, #]}", r"\boxed{(-\infty, #)}", r"\boxed{#-#}",
     r"\boxed{# \le x \le #}", r"\boxed{\pm #}", r"\boxed{# = #}", r"\boxed{x = # = #}", r"\boxed{x = x}",
-    r"\boxed{0 = #}", r"\boxed{# \approx #}", r"\boxed{\approx #}", r"\boxed{#.0}", r"\boxed{#\%}", r"\boxed{# \text{ km}}",
+    r"\boxed{0 = #}", r"\boxed{# \approx #}", r"\boxed{\approx #}", r"\boxed{#.0}", r"\boxed{#\%}",
+    r"\boxed{# \text{ km}}",
     r"\boxed{#_#}", r"\boxed{#e#}", r"\boxed{#.0 \times 10^{#}}", r"\boxed{10^{-#}}", r"\boxed{\boxed{#} \boxed{#}}",
     r"\boxed{#} \boxed{#}", r"\boxed{x}", r"\boxed{x + #}", r"\boxed{0 \cdot x + #}", r"\boxed{\{x : x = #\}}",
-    r"\boxed{x \in \mathbb{R}}", r"\boxed{\frac{#}{0}}", r"\boxed{\infty - \infty}", r"\boxed{\text{#}}", r"\boxed{(A) # (B) #}",
+    r"\boxed{x \in \mathbb{R}}", r"\boxed{\frac{#}{0}}", r"\boxed{\infty - \infty}", r"\boxed{\text{#}}",
+    r"\boxed{(A) # (B) #}",
     r"\boxed{A, B, C, D}", r"\boxed{\textbf{(C)} #}", r"\boxed{f(#) = #}", r"\boxed{\min(#, #)}", r"\boxed{# \lor #}",
-    r"\boxed{#:#}", r"\boxed{\sqrt{#^2}}", r"\boxed{\lim_{x \to #} x}", r"\boxed{\sum_{k=1}^{#} k}", r"\boxed{#, \ldots, #}",
+    r"\boxed{#:#}", r"\boxed{\sqrt{#^2}}", r"\boxed{\lim_{x \to #} x}", r"\boxed{\sum_{k=1}^{#} k}",
+    r"\boxed{#, \ldots, #}",
     r"\boxed{y = #x + #}", r"\boxed{# \text{ million}}", r"\boxed{\begin{pmatrix}#\\#\end{pmatrix}}", r"\boxed{#!}",
     r"\boxed{\frac{#}{#}}", r"\boxed{# #/#}", "@", r"\boxed{@}",
 )  # fmt: skip
-PIECES = tuple(r"0 1 . , - + = \pm ^ _ % / ! | ( ) [ ] { } \{ \} $ \cdot \text{or} or and x \infty \approx \boxed{1} e i "
-               "\u200b \u0661 \uff15 \u2212 < > \\cup \\% ^\\circ \\text{ km} \\in : ; \\frac 0. e-9 '".split(" "))  # fmt: skip
+PIECES = (
+    "0", "1", ".", ",", "-", "+", "=", r"\pm", "^", "_", "%", "/", "!", "|", "(", ")", "[", "]", "{", "}", r"\{",
+    r"\}", "$", r"\cdot", r"\text{or}", "or", "and", "x", r"\infty", r"\approx", r"\boxed{1}", "e", "i", "\u200b",
+    "\u0661", "\uff15", "\u2212", "<", ">", r"\cup", r"\%", r"^\circ", r"\text{", "km}", r"\in", ":", ";", r"\frac",
+    "0.", "e-9", "'",
+)  # fmt: skip
 
 PROGRAMS = {
     "empty": "",
@@ -316,7 +323,10 @@ def main() -> int:
     if options.only != "code":
         start = time.monotonic()
         found, counts = search_math([*MATH, *read(options.math)], options.attempts, options.seed)
-        result["math"] = counts | {"found": [one._asdict() for one in found], "seconds": round(time.monotonic() - start)}
+        result["math"] = counts | {
+            "found": [one._asdict() for one in found],
+            "seconds": round(time.monotonic() - start),
+        }
     if options.only != "math":
         found, counts = search_code([*CODE, *read(options.code)])
         result["code"] = counts | {"found": [one._asdict() for one in found]}

@@ -98,7 +98,9 @@ def math_verify_cases(folder: str) -> list[tuple[str, str, int]]:
             names = [name.strip() for name in ast.literal_eval(node.args[0]).split(",")]
             if names[:2] == ["gold", "pred"]:
                 verdict = names.index("expected" if "expected" in names else "result")
-                literal = [case for case in node.args[1].elts if not any(isinstance(x, ast.JoinedStr) for x in ast.walk(case))]
+                literal = [
+                    case for case in node.args[1].elts if not any(isinstance(x, ast.JoinedStr) for x in ast.walk(case))
+                ]
                 cases += [(case[0], case[1], int(case[verdict])) for case in map(ast.literal_eval, literal)]
     return cases
 

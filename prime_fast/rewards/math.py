@@ -1,7 +1,7 @@
 r"""Grading of a written answer against a ground truth: what is read as the answer, and when it says the truth.
 
 The rule is docs/rewards.md, the code `rewards.answers`; math-verify reads the formulas. There is no time-out: call it
-through `prime_fast.rewards`, whose workers are killed at their deadline. Nothing the model wrote is evaluated as Python.
+through `prime_fast.rewards`, whose workers are killed at their deadline. Nothing the model wrote is run as Python.
 """
 
 from prime_fast.rewards.answers.equality import says

@@ -47,7 +47,10 @@ ATTACKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "an undefined logarithm": (r"\boxed{\log 0}", SMALL + ("0",)),
     "the letters of a word in another order": (r"\boxed{tea}", SMALL),
     "every option": (r"\boxed{A, B, C, D, E}", ("A", "B", "C", "D", "E")),
-    "every option with its value": (r"\boxed{\textbf{(A)} 7 \textbf{(B)} 12 \textbf{(C)} 5}", ("A", "B", "C", "7", "12")),
+    "every option with its value": (
+        r"\boxed{\textbf{(A)} 7 \textbf{(B)} 12 \textbf{(C)} 5}",
+        ("A", "B", "C", "7", "12"),
+    ),
     "another unit": (r"\boxed{5 \text{ km}}", ("5 m", r"5 \text{ cm}", "5 kg", r"\$5")),
     "a percentage without its sign": (r"\boxed{50}", (r"50\%", r"0.5", r"\frac{1}{2}")),
     "another base": (r"\boxed{12_4}", ("12_3", "12_5", "6_{10}")),

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_fast.rewards import RewardPool, score
-from prime_fast.rewards import math_attacks
 from prime_fast.rewards.answers.reading import TEXT_TAIL_CHARS
 from prime_fast.rewards.math import grade, last_box
 

@@ -1,4 +1,4 @@
-r"""The clauses of docs/rewards.md, in their order. Each says whether an answer says the truth, or None: it does not apply.
+r"""The clauses of docs/rewards.md, in their order. Each says whether an answer says the truth; None: does not apply.
 
 Texts are tidy (`notation.tidy`) wherever they come in.
 """
@@ -45,7 +45,9 @@ def same(truth: str, answer: str, depth: int = 0) -> bool:
 # 1. Multiple choice
 
 LABEL = re.compile(r"(?:(?:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])(?:[).:](?=\s|\Z)|\Z))\s*", re.IGNORECASE)
-ANOTHER_LABEL = re.compile(r"\([A-J]\)|(?<![A-Za-z\\])[A-J](?:[).:]|\Z|(?=\s*,))|\A\s*(?:,|or\b|and\b|/|&|\\text\{\s*(?:or|and))")
+ANOTHER_LABEL = re.compile(
+    r"\([A-J]\)|(?<![A-Za-z\\])[A-J](?:[).:]|\Z|(?=\s*,))|\A\s*(?:,|or\b|and\b|/|&|\\text\{\s*(?:or|and))"
+)
 
 
 def choice(truth: str, answer: str, depth: int) -> bool | None:
@@ -87,7 +89,7 @@ NAMED = re.compile(r"([^=]+)=(.+)")
 
 
 def collection(truth: str, answer: str, depth: int) -> bool | None:
-    r"""As many values on both sides, each of one saying one of the other. \pm is two values; x = 1, 2 is a list of x."""
+    r"""As many values on both sides, each saying one of the other. \pm is two values; x = 1, 2 is a list of x."""
     (name_of_truth, wanted), (name_of_answer, given) = items(truth), items(answer)
     if name_of_truth and name_of_answer and name_of_truth != name_of_answer:
         return False
@@ -160,7 +162,12 @@ def items(text: str) -> tuple[str | None, list[str]]:
         return subject, [text] if len(unions) == 1 and not _has_both_signs(text) else _signed(unions)
     parts = _signed(parts)
     names = [_family(found[1]) if (found := NAMED.fullmatch(part)) and name(found[1]) else None for part in parts]
-    if names and names[0] and all(one in (names[0], None) for one in names) and (None not in names or not any(names[1:])):
+    if (
+        names
+        and names[0]
+        and all(one in (names[0], None) for one in names)
+        and (None not in names or not any(names[1:]))
+    ):
         return names[0], [part.partition("=")[2] if own else part for own, part in zip(names, parts, strict=True)]
     return subject, parts
 
@@ -190,15 +197,17 @@ FLIPPED = {">": "<", r"\ge": r"\le"}
 GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|rho|sigma|Delta|Omega|ell|epsilon)(?![A-Za-z])"
 SYMBOL = rf"(?:[A-Za-z]|{GREEK})'*(?:_(?:\{{[^{{}}]*\}}|\w))?"
 SIMPLE_NAME = re.compile(
-    rf"\s*(?:{SYMBOL}|\|?[A-Z]{{2,3}}\|?|\\?(?:angle|triangle|overline)\W*[A-Z]+\W*|{SYMBOL}(?:\^\{{?-1\}}?)?\s*\([^()=]*\)|"
-    rf"\\text\s*\{{[^{{}}]*\}}|[A-Za-z][A-Za-z' ]+|{SYMBOL}(?::{SYMBOL})+|\\frac\s*\{{[A-Z]{{1,3}}\}}\s*\{{[A-Z]{{1,3}}\}}|\\overline\s*\{{[^{{}}]*\}})\s*"
+    rf"\s*(?:{SYMBOL}|\|?[A-Z]{{2,3}}\|?|\\?(?:angle|triangle|overline)\W*[A-Z]+\W*|"
+    rf"{SYMBOL}(?:\^\{{?-1\}}?)?\s*\([^()=]*\)|"
+    rf"\\text\s*\{{[^{{}}]*\}}|[A-Za-z][A-Za-z' ]+|{SYMBOL}(?::{SYMBOL})+|"
+    rf"\\frac\s*\{{[A-Z]{{1,3}}\}}\s*\{{[A-Z]{{1,3}}\}}|\\overline\s*\{{[^{{}}]*\}})\s*"
 )
 NAMES = re.compile(rf"\s*\(\s*{SYMBOL}(?:\s*[,;]\s*{SYMBOL})+\s*\)\s*")
 EXPONENTS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\s*\([^()]*\)")
 
 
 def relation(truth: str, answer: str, depth: int) -> bool | None:
-    """x = 5 says 5; an equation says one that is a multiple of it; so does an inequality, or an interval, of its kind."""
+    """x = 5 says 5; an equation says a multiple of it; likewise an inequality, or the interval that it is."""
     wanted, given = sides(truth), sides(answer)
     if not wanted and not given:
         return None
@@ -324,6 +333,7 @@ def _depth(text: str, end: int) -> int:
 
 # 4. Points, vectors and intervals
 
+
 def brackets(truth: str, answer: str, depth: int) -> bool | None:
     """The same brackets, and in them as many values, each saying the one at its place."""
     wanted, given = _bracketed(truth), _bracketed(answer)
@@ -337,7 +347,9 @@ def brackets(truth: str, answer: str, depth: int) -> bool | None:
     return all(same(one, other, depth) for one, other in zip(coordinates, values, strict=True))
 
 
-REALS = dict.fromkeys((r"(-\infty,\infty)", r"(-\infty,+\infty)", r"\mathbb{R}", r"\text{allrealnumbers}", "allrealnumbers"))
+REALS = dict.fromkeys(
+    (r"(-\infty,\infty)", r"(-\infty,+\infty)", r"\mathbb{R}", r"\text{allrealnumbers}", "allrealnumbers")
+)
 
 
 def _bracketed(text: str) -> tuple[str, list[str]] | None:
@@ -372,8 +384,9 @@ def _plain(text: str) -> str:
 
 # 6. Units and percentages
 
+
 def quantity(truth: str, answer: str, depth: int) -> bool | None:
-    """A unit that only one side has is left out; two must measure the same. 50% is 1/2, or what a percentage asks for."""
+    """A unit that only one side has is left out; two must measure the same. 50% is 1/2, or 50 where that is asked."""
     (wanted, unit), (given, stated) = units.cut(truth), units.cut(answer)
     if (wanted, given) == (truth, answer):
         return None
@@ -390,7 +403,11 @@ def quantity(truth: str, answer: str, depth: int) -> bool | None:
     factor = stated.factor / unit.factor
     if factor != 1:
         value = literals.read(given)
-        given = str(value.value * factor) if value else rf"({given})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
+        given = (
+            str(value.value * factor)
+            if value
+            else rf"({given})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
+        )
     return same(wanted, given, depth)
 
 
@@ -408,12 +425,17 @@ def numeral(truth: str, answer: str, depth: int) -> bool | None:
     if wanted is None and given is None:
         return None
     digits = [found[1] if found else squeeze(text) for found, text in ((wanted, truth), (given, answer))]
-    bases = {str(NAMES_OF_BASES.get(base, base)) for base in (found[2] or found[3] for found in (wanted, given) if found)}
-    fits = all(base.isdigit() and all(int(digit) < int(base) for digit in digits[0]) for base in bases if digits[0].isdigit())
+    bases = {
+        str(NAMES_OF_BASES.get(base, base)) for base in (found[2] or found[3] for found in (wanted, given) if found)
+    }
+    fits = all(
+        base.isdigit() and all(int(digit) < int(base) for digit in digits[0]) for base in bases if digits[0].isdigit()
+    )
     return digits[0] == digits[1] and len(bases) == 1 and fits
 
 
 # 8. Numbers
+
 
 def number(truth: str, answer: str, depth: int) -> bool | None:
     """Equal; a truth that is a decimal may be another number rounded."""

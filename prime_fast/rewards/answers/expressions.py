@@ -33,13 +33,15 @@ NORMAL = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False
 )
 LATEX = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=NORMAL),)
-COMMANDS = frozenset(
-    r"frac sqrt pi infty cdot binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg "
-    r"alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
-    r"varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil rceil begin end sum prod "
-    r"int lim to degree overline mathbb emptyset varnothing max min gcd operatorname".split()
+COMMANDS = """
+    frac sqrt pi infty cdot binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg alpha
+    beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi
+    chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil rceil begin end sum prod int lim
+    to degree overline mathbb emptyset varnothing max min gcd operatorname
+""".split()  # noqa: SIM905
+FORBIDDEN = re.compile(
+    r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__"
 )
-FORBIDDEN = re.compile(r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -51,8 +53,13 @@ def equal(truth: str, answer: str) -> bool:
 
 @lru_cache(maxsize=512)
 def parse(text: str):
-    """A tidy text as a SymPy object, decimals as exact fractions; None if math-verify cannot read it or it is too big."""
-    if len(text) > MAX_CHARS or FORBIDDEN.search(re.sub(r"_\{\s*[A-Za-z]\s*=", "_{", text)) or not _known_commands(text) or _nesting(text) > MAX_NESTING:
+    """A tidy text as a SymPy object, decimals as fractions; None if math-verify cannot read it or it is too big."""
+    if (
+        len(text) > MAX_CHARS
+        or FORBIDDEN.search(re.sub(r"_\{\s*[A-Za-z]\s*=", "_{", text))
+        or not _known_commands(text)
+        or _nesting(text) > MAX_NESTING
+    ):
         return None
     if r"\binom" in text and re.search(r"[0-9]{5}", text):
         return None  # math-verify computes it as it reads
@@ -90,7 +97,7 @@ def same(truth, answer) -> bool:
 
 
 def proportional(truth, answer, positive: bool = False) -> bool:
-    """Whether one is the other times a constant that is not zero, or above it; as the sides' differences of equations."""
+    """Whether one is the other times a constant that is not zero, or above it: as sides' differences of equations."""
     if not (isinstance(truth, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return False
     if not truth.free_symbols or truth.free_symbols != answer.free_symbols:
@@ -128,7 +135,9 @@ def _nesting(text: str) -> int:
 
 def _known_commands(text: str) -> bool:
     words = re.findall(r"\\([A-Za-z]+)", text)
-    return all(word in COMMANDS or any(word == name + word[-1] for name in ("cot", "sin", "cos", "tan")) for word in words)
+    return all(
+        word in COMMANDS or any(word == name + word[-1] for name in ("cot", "sin", "cos", "tan")) for word in words
+    )
 
 
 def _exact(value):

@@ -11,7 +11,11 @@ TEXT_TAIL_CHARS = 1_000  # for an answer in plain text
 
 NUMBER = r"(?:[0-9]+(?:,[0-9]{3}| [0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)"
 ARITHMETIC = rf"{NUMBER}(?:\s?[-+*/^×÷]\s?{NUMBER}| {NUMBER}/{NUMBER})*"
-UNIT = r"\s?(?!(?:or|and|to|is|are|was|in|of|if|so|by|at|as|but)\b)(?:%|percent|°|degrees?|[A-Za-zµ]{1,6}(?:\^?[23²³])?(?:/[A-Za-z]{1,3}[23²³]?)?(?![A-Za-z]))"
+NO_UNIT = r"(?:or|and|to|is|are|was|in|of|if|so|by|at|as|but)\b"
+UNIT = (
+    rf"\s?(?!{NO_UNIT})"
+    r"(?:%|percent|°|degrees?|[A-Za-zµ]{1,6}(?:\^?[23²³])?(?:/[A-Za-z]{1,3}[23²³]?)?(?![A-Za-z]))"
+)
 PERCENT = r"(?:\\?%|percent\b|pct\b)"
 FORMULA = r"(?:\$\$[^$]+\$\$|\$[^$\n]+\$|\\\([^\n]*?\\\)|\\\[.*?\\\]|-?\\frac\{[0-9]+\}\{[0-9]+\})"
 CANDIDATE = re.compile(
@@ -82,12 +86,10 @@ def _last_hashes(text: str) -> str | None:
 
 def _announced(text: str) -> str | None:
     """What follows the last "answer is" or "answer:", to the end of its sentence."""
-    found = None
-    for found in ANNOUNCED.finditer(text):
-        pass
-    if found is None:
+    announced = list(ANNOUNCED.finditer(text))
+    if not announced:
         return None
-    start = FILLER.match(text, found.end()).end()
+    start = FILLER.match(text, announced[-1].end()).end()
     end = SENTENCE_END.search(text, start)
     statement = text[start : end.start() if end else len(text)].strip()
     if re.search(r"\b(?:is|are|equals)\b", statement):  # Final answer: the largest n is 34

@@ -10,7 +10,29 @@ from typing import NamedTuple
 from prime_fast.rewards.answers import literals
 
 PREFIXES = {"p": -12, "n": -9, "µ": -6, "μ": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9}
-METRIC = ("m", "g", "s", "A", "K", "mol", "L", "l", "J", "N", "W", "V", "C", "Hz", "Pa", "eV", "T", "F", "Wb", "H", "cal")
+METRIC = (
+    "m",
+    "g",
+    "s",
+    "A",
+    "K",
+    "mol",
+    "L",
+    "l",
+    "J",
+    "N",
+    "W",
+    "V",
+    "C",
+    "Hz",
+    "Pa",
+    "eV",
+    "T",
+    "F",
+    "Wb",
+    "H",
+    "cal",
+)
 SAME = {"l": "L"}
 WORDS = {  # name: (how many, of what)
     **dict.fromkeys(("meter", "metre"), (1, "m")),
@@ -62,13 +84,30 @@ WORDS = {  # name: (how many, of what)
 }
 SPEEDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "fps": "ft/s"}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-DENIALS = {"or", "and", "not", "is", "to", "times", "plus", "minus", "half", "dozen", "than", "between", "maybe", "equals"}
+DENIALS = {
+    "or",
+    "and",
+    "not",
+    "is",
+    "to",
+    "times",
+    "plus",
+    "minus",
+    "half",
+    "dozen",
+    "than",
+    "between",
+    "maybe",
+    "equals",
+}
 
 CURRENCY = re.compile(r"(?P<sign>[-+]?)\s*(?P<unit>\\dollar|[€£¥₹])\s*(?P<body>.+)")
 NUMBER = rf"[-+]?\s*(?:(?:{literals.WHOLE})(?:\.[0-9]+)?|\.[0-9]+)(?:\s*\\cdot\s*10\s*\^\s*(?:\{{[^{{}}]*\}}|[0-9]+))?"
 RATIO = r"[-+]?\s*[0-9]*\s*(?:\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|[0-9]+\s*/\s*[0-9]+)"
 BARE = re.compile(rf"(?P<body>{RATIO}|{NUMBER})(?P<gap>\s*)(?P<unit>[A-Za-zµμΩÅ¢€£¥₹].*|\\(?:dollar|Omega|AA).*)")
-MARKED = re.compile(r"(?P<body>(?!.*\\(?:sin|cos|tan|cot|sec|csc)).+?)\s*(?P<unit>%|\\degree)(?:\s*(?P<scale>[CFK]|\\text\{\s*[CFK]\s*\}))?")
+MARKED = re.compile(
+    r"(?P<body>(?!.*\\(?:sin|cos|tan|cot|sec|csc)).+?)\s*(?P<unit>%|\\degree)(?:\s*(?P<scale>[CFK]|\\text\{\s*[CFK]\s*\}))?"
+)
 SCALE = re.compile(rf"(?:\\text)?[\s{{]*({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 NAME = r"\\?[A-Za-zµμΩÅ¢€£¥₹%'-]++"
 UNIT = re.compile(rf"(?:\s*/?\s*{NAME}(?:\^-?[0-9]{{1,2}})?(?![A-Za-z0-9]))+\s*")
