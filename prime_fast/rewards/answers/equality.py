@@ -241,7 +241,7 @@ def sides(text: str) -> tuple[list[str], list[str]] | None:
 
 
 def name(text: str) -> bool:
-    """Whether a side only names what is said of the other: x, f(2), AB, a + b; no number, and nothing with one as term."""
+    """Whether a side only names what is said of the other: x, f(2), AB, a + b; no number is part of it."""
     if SIMPLE_NAME.fullmatch(text) or NAMES.fullmatch(text):
         return squeeze(text) not in (r"\pi",)
     bare = EXPONENTS.sub("", text)
