@@ -204,8 +204,10 @@ def states(response: str, truth: str) -> bool:
     answer = box(response)
     if plain(truth) in plain(answer) or plain(truth).strip("()") == plain(answer).strip("()"):
         return True
-    numbers = values(truth)
-    return bool(numbers & values(answer)) if numbers else bool(set(plain(truth)) <= set(plain(answer)))
+    if re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|text\{[^{}]*\}|circ)", "", truth)):  # no number: its longest side
+        said = max(plain(truth).split("="), key=len)
+        return said in plain(answer) if "=" in truth else set(said) <= set(plain(answer))
+    return bool(values(truth) & values(answer))
 
 
 def excess(response: str, truth: str) -> bool:
