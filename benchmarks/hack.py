@@ -141,15 +141,15 @@ class Found(NamedTuple):
 
 def box(text: str) -> str:
     """What the last box that holds anything holds, else all of the text: by a scan of its own."""
-    for start in reversed([found.start() for found in re.finditer(r"\\boxed\{", text)]):
+    last, end = text, 0
+    for start in [found.start() for found in re.finditer(r"\\boxed\{", text)]:
         depth = 0
-        for index in range(start + 6, len(text)):
+        for index in range(start + 6, len(text) if start >= end else 0):
             depth += (text[index] == "{") - (text[index] == "}")
             if depth == 0:
-                if content := text[start + 7 : index].strip():
-                    return content
+                last, end = text[start + 7 : index].strip() or last, index
                 break
-    return text
+    return last
 
 
 def values(text: str) -> set[Fraction]:

@@ -97,6 +97,8 @@ def collection(truth: str, answer: str, depth: int) -> bool | None:
         wanted, given = _numbers(wanted, len(given)), _numbers(given, len(wanted))
     if len(wanted) == len(given) == 1:
         return None if (wanted, given) == ([truth], [answer]) else same(wanted[0], given[0], depth)
+    if len(wanted) == 1 and given and all(same(truth, one, depth) for one in given):
+        return True  # one value, given in several ways
     if len(wanted) != len(given):
         return _same_point(wanted, given, depth) if len(given) == 1 else _same_point(given, wanted, depth, named=True)
     if bool(_subjects(wanted)) != bool(_subjects(given)) and len(_subjects(wanted) | _subjects(given)) > 1:

@@ -23,6 +23,7 @@ from sympy.core.function import AppliedUndef
 MAX_DIGITS = 10_000  # of a number on the way to a value; what may be larger is not evaluated
 MAX_CHARS = 400  # of a formula
 MAX_NODES = 2_000
+MAX_TERMS = 1_000  # of a sum or product
 MAX_NESTING = 12  # of brackets: each level costs the parser some multiple of the one outside
 PRECISION = 200  # digits to which the difference of two numbers is followed
 POINT_PRECISION = 30  # and that of formulas at a point
@@ -36,8 +37,8 @@ LATEX = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=NORM
 COMMANDS = """
     frac sqrt pi infty cdot binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg alpha
     beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi
-    chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil rceil begin end sum prod int lim
-    to degree overline mathbb emptyset varnothing max min gcd operatorname
+    chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil rceil begin end sum prod int 
+    degree overline mathbb emptyset varnothing max min gcd operatorname
 """.split()  # noqa: SIM905
 FORBIDDEN = re.compile(
     r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__"
@@ -173,7 +174,8 @@ def _digits(value) -> float:
         digits = float(max(int(over).bit_length(), int(under).bit_length())) * math.log10(2)
     elif isinstance(value, sympy.Sum | sympy.Product):
         for _, low, high in value.limits:
-            if (high - low).is_Integer and high - low > 1_000:
+            terms = high - low
+            if terms.is_number and not terms.is_infinite and not (terms.is_Integer and terms <= MAX_TERMS):
                 raise TooBig
         digits = sum(map(_digits, value.args[:1])) + 10
     else:

@@ -19,7 +19,7 @@ UNIT = (
 PERCENT = r"(?:\\?%|percent\b|pct\b)"
 FORMULA = r"(?:\$\$[^$]+\$\$|\$[^$\n]+\$|\\\([^\n]*?\\\)|\\\[.*?\\\]|-?\\frac\{[0-9]+\}\{[0-9]+\})"
 CANDIDATE = re.compile(
-    rf"(?P<formula>{FORMULA}(?:\s*{PERCENT})?)|(?<![\w.,])(?P<number>[-−]?[$€£]?{ARITHMETIC}(?![0-9])(?:{UNIT})?)",
+    rf"(?P<formula>{FORMULA}(?:\s*{PERCENT})?)|(?<![\w.])(?<![0-9],)(?P<number>[-−]?[$€£]?{ARITHMETIC}(?![0-9])(?:{UNIT})?)",
     re.DOTALL,
 )
 ANNOUNCED = re.compile(r"\banswer\b(?:\s+to\s[^.\n:]{1,100})?(?:\s+(?:is|are|equals)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
@@ -27,6 +27,7 @@ FILLER = re.compile(r"(?:\s|\*\*|:|(?:therefore|thus|hence|simply|just|exactly|e
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|,\s+(?=(?:because|since|as|which|so|where|with|i)\b)|\*\*", re.IGNORECASE)
 JOINED = re.compile(r"\s*(?:,|/|-|–|to|through|,?\s*(?:and|or|and/or)\b[^\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
 BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[,;:()\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b)*+")
+UNFINISHED = re.compile(r"\\(?:boxed|fbox)\s*\{(?!\s*\})")
 PERCENT_SIGN = re.compile(rf"[\s$]*{PERCENT}")
 DENIED = re.compile(r"(?:\bnot|n't|\bnever|\bno)\s+(?:\w+\s+)?\Z")
 
@@ -34,7 +35,7 @@ DENIED = re.compile(r"(?:\bnot|n't|\bnever|\bno)\s+(?:\w+\s+)?\Z")
 def final_answer(response: str, strict: bool = False) -> str | None:
     """The text of the answer that a response gives; None if it gives none."""
     box = _last_boxes(response[-BOX_TAIL_CHARS:])
-    if box is not None or strict:
+    if box is not None or strict or UNFINISHED.search(response[-BOX_TAIL_CHARS:]):
         return box
     tail = response[-TEXT_TAIL_CHARS:]
     return _last_hashes(tail) or _announced(tail) or _last_candidate(tail)
