@@ -111,11 +111,11 @@ def agreement(folder: str, workers: int) -> dict:
         truths = [final_answer(gold) if len(gold) > SENTENCE_CHARS else gold for gold, *_ in cases]
         rows = [{"reward_model": {"ground_truth": truth}} for truth in truths]
         outcomes = pool.score([response for _, response, _ in cases], rows)
-    differ = [
-        {"truth": gold[:120], "response": response[-120:], "theirs": theirs, "ours": int(ours)}
-        for (gold, response, theirs), ours in zip(cases, outcomes, strict=True)
-        if ours != theirs
-    ]
+    differ = []
+    for index, ((gold, response, theirs), ours) in enumerate(zip(cases, outcomes, strict=True)):
+        if ours != theirs:
+            differ.append({"case": index, "theirs": theirs, "ours": int(ours)})
+            print(f"case {index}: {gold[-120:]!r} and {response[-120:]!r}: theirs {theirs}, ours {ours:.0f}")
     return {"cases": len(cases), "agree": len(cases) - len(differ), "differ": differ}
 
 
