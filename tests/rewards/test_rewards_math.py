@@ -137,7 +137,7 @@ def test_hard_sympy_ends_at_the_deadline():
         bomb = r"\boxed{" + "(" * 12 + "x+1" + ")^{7^{7^{7}}}" * 12 + "}"
         truth = {"reward_model": {"ground_truth": "(x-1)^{7^{7^{7}}}"}}
         assert pool.score([bomb, r"\boxed{7}"], [truth, ROW]) == [0.0, 1.0]
-    assert time.monotonic() - start < 8.0
+    assert time.monotonic() - start < 60.0  # of which the deadline is 1: the rest is the start of two workers
 
 
 def test_other_abilities_are_refused():
