@@ -48,6 +48,9 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def equal(truth: str, answer: str) -> bool:
+    ours, theirs = _letters(truth), _letters(answer)
+    if ours != theirs and {letter.lower() for letter in ours} == {letter.lower() for letter in theirs}:
+        return False  # R is not r, though math-verify reads them as one
     one, other = parse(truth), parse(answer)
     return one is not None and other is not None and same(one, other)
 
@@ -128,6 +131,10 @@ def number(text: str) -> Fraction | None:
 
 def is_number(value) -> bool:
     return isinstance(value, sympy.Expr) and not value.free_symbols and not value.atoms(AppliedUndef)
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
 
 
 def _nesting(text: str) -> int:
