@@ -1,16 +1,21 @@
 """Pass rates of the verifiers and throughput of the reward pool, against a process for each sample.
 
     python -m benchmarks.rewards --math gsm8k.jsonl math500.jsonl --code leetcode.jsonl
+    python -m benchmarks.rewards --math-verify Math-Verify/tests
 
 How many worked solutions score as they should; then the throughput on 1024 of them, every fourth against another row's
 ground truth, and on 256 programs: right, wrong and endless ones for LeetCode rows (100 asserts each) and for a stdin
 task. A process per sample does the same grading in a new interpreter each, so many at a time as the pool has workers,
 on the first samples that are not endless.
+
+The second command takes the cases of a checkout of math-verify's tests and tells where our verdict is another than
+theirs; without rows to measure it leaves the rest of the result as it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import platform
@@ -25,10 +30,12 @@ from pathlib import Path
 
 from benchmarks.machine import cpu_name
 from prime_fast.rewards import RewardPool
+from prime_fast.rewards.answers.reading import final_answer
 
 MATH_SAMPLES, CODE_SAMPLES = 1024, 256
 ENDLESS = ("while True: pass",) * 11 + ("import time\nwhile True: time.sleep(60)",)
 WRONG_SHARE = 0.45
+SENTENCE_CHARS = 120  # a longer ground truth of math-verify's cases is a solution that ends with one
 ALONE = {"math": 24, "code": 24}  # samples of the process-per-sample measurement
 ALONE_PROGRAM = """
 import json, sys
@@ -79,6 +86,37 @@ def pass_rates(path: str, workers: int) -> dict:
     failed = [row["extra_info"].get("index", i) for i, row in enumerate(rows) if own[i] != 1]
     own_truth = {"rows": len(rows), "score_1": own.count(1.0), "others": failed}
     return {"own_truth": own_truth, "another_truth": {"rows": len(another), "score_0": another.count(0.0)}}
+
+
+def math_verify_cases(folder: str) -> list[tuple[str, str, int]]:
+    """(ground truth, response, their verdict) of every parametrized test that has a gold and a pred."""
+    cases = []
+    for path in sorted(Path(folder).glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "parametrize"):
+                continue
+            names = [name.strip() for name in ast.literal_eval(node.args[0]).split(",")]
+            if names[:2] == ["gold", "pred"]:
+                verdict = names.index("expected" if "expected" in names else "result")
+                literal = [
+                    case for case in node.args[1].elts if not any(isinstance(x, ast.JoinedStr) for x in ast.walk(case))
+                ]
+                cases += [(case[0], case[1], int(case[verdict])) for case in map(ast.literal_eval, literal)]
+    return cases
+
+
+def agreement(folder: str, workers: int) -> dict:
+    cases = math_verify_cases(folder)
+    with RewardPool("math", workers) as pool:
+        truths = [final_answer(gold) if len(gold) > SENTENCE_CHARS else gold for gold, *_ in cases]
+        rows = [{"reward_model": {"ground_truth": truth}} for truth in truths]
+        outcomes = pool.score([response for _, response, _ in cases], rows)
+    differ = []
+    for index, ((gold, response, theirs), ours) in enumerate(zip(cases, outcomes, strict=True)):
+        if ours != theirs:
+            differ.append({"case": index, "theirs": theirs, "ours": int(ours)})
+            print(f"case {index}: {gold[-120:]!r} and {response[-120:]!r}: theirs {theirs}, ours {ours:.0f}")
+    return {"cases": len(cases), "agree": len(cases) - len(differ), "differ": differ}
 
 
 def code_samples(path: str) -> tuple[list[str], list[dict], list[str]]:
@@ -153,30 +191,59 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def measure_math(paths: Sequence[str], workers: int) -> dict:
+    solved = [path for path in paths if any(row["extra_info"].get("solution") for row in read(path))]
+    result = {}
+    if solved:
+        responses, rows = math_samples(solved)
+        result = measure("math", responses, rows, list(range(len(rows))), workers)
+        result.pop("outcomes")
+        result["solutions"] = {Path(path).stem: pass_rates(path, workers) for path in solved}
+    return result | {"boxed_truths": {Path(path).stem: boxed_truths(path, workers) for path in paths}}
+
+
+def boxed_truths(path: str, workers: int) -> dict:
+    """How many ground truths score 1 against themselves in a box, and after "The answer is"."""
+    rows = read(path)
+    truths = [row["reward_model"]["ground_truth"] for row in rows]
+    with RewardPool("math", workers) as pool:
+        boxed = pool.score([rf"\boxed{{{truth}}}" for truth in truths], rows)
+        stated = pool.score([f"The answer is ${truth}$." for truth in truths], rows)
+    return {"rows": len(rows), "score_1": boxed.count(1.0), "score_1_without_box": stated.count(1.0)}
+
+
+def measure_code(path: str, workers: int) -> dict:
+    responses, rows, kinds = code_samples(path)
+    short = [index for index, kind in enumerate(kinds) if kind != "endless"]
+    code = measure("code", responses, rows, short, workers)
+    outcomes = code.pop("outcomes")
+    by_kind = {kind: [x for x, k in zip(outcomes, kinds, strict=True) if k == kind] for kind in sorted(set(kinds))}
+    code["kinds"] = {kind: {"samples": len(x), "outcome": round(sum(x) / len(x), 4)} for kind, x in by_kind.items()}
+    return code
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--math", nargs="+", required=True, help="rows with worked solutions in extra_info.solution")
-    parser.add_argument("--code", required=True, help="LeetCode rows with asserts")
+    parser.add_argument("--math", nargs="+", default=[], help="rows with worked solutions in extra_info.solution")
+    parser.add_argument("--code", help="LeetCode rows with asserts")
+    parser.add_argument("--math-verify", metavar="TESTS", help="the folder tests/ of a checkout of math-verify")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", default="benchmarks/results/cpu/rewards.json")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    responses, rows = math_samples(options.math)
-    math = measure("math", responses, rows, list(range(len(rows))), options.workers)
-    math.pop("outcomes")
-    math["solutions"] = {Path(path).stem: pass_rates(path, options.workers) for path in options.math}
-    responses, rows, kinds = code_samples(options.code)
-    short = [index for index, kind in enumerate(kinds) if kind != "endless"]
-    code = measure("code", responses, rows, short, options.workers)
-    by_kind = {
-        kind: [x for x, k in zip(code["outcomes"], kinds, strict=True) if k == kind] for kind in sorted(set(kinds))
-    }
-    code["kinds"] = {kind: {"samples": len(x), "outcome": round(sum(x) / len(x), 4)} for kind, x in by_kind.items()}
-    code.pop("outcomes")
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "workers": options.workers, "load_before": round(load, 1)}
-    result = {"machine": machine | {"python": platform.python_version()}, "math": math, "code": code}
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    if not (options.math or options.code or options.math_verify):
+        parser.error("give rows with --math, programs with --code or test cases with --math-verify")
+    out = Path(options.out)
+    result = json.loads(out.read_text()) if out.exists() else {}
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "workers": options.workers}
+    result["machine"] = machine | {"load_before": round(os.getloadavg()[0], 1), "python": platform.python_version()}
+    if options.math:
+        result["math"] = measure_math(options.math, options.workers)
+    if options.code:
+        result["code"] = measure_code(options.code, options.workers)
+    if options.math_verify:
+        result["math_verify"] = agreement(options.math_verify, options.workers)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_fast.rewards import RewardPool, score
-from prime_fast.rewards.math import TEXT_TAIL_CHARS, grade, last_box
+from prime_fast.rewards.answers.reading import TEXT_TAIL_CHARS
+from prime_fast.rewards.math import grade, last_box
 
 ROW = {"data_source": "test", "ability": "math", "reward_model": {"ground_truth": "7"}}
 
@@ -136,7 +137,7 @@ def test_hard_sympy_ends_at_the_deadline():
         bomb = r"\boxed{" + "(" * 12 + "x+1" + ")^{7^{7^{7}}}" * 12 + "}"
         truth = {"reward_model": {"ground_truth": "(x-1)^{7^{7^{7}}}"}}
         assert pool.score([bomb, r"\boxed{7}"], [truth, ROW]) == [0.0, 1.0]
-    assert time.monotonic() - start < 8.0
+    assert time.monotonic() - start < 60.0  # of which the deadline is 1: the rest is the start of two workers
 
 
 def test_other_abilities_are_refused():

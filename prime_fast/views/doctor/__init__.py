@@ -41,6 +41,7 @@ def run(run_dir: str = "runs", quick: bool = False) -> Iterator[Check]:
         ("/dev/shm", devices.shared_memory),
         ("NCCL", devices.nccl),
         ("sandbox", lambda: host.sandbox(quick)),
+        ("math reward", lambda: host.math_reward(quick)),
     ]
     for name, part in parts:
         try:

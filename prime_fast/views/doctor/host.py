@@ -56,3 +56,17 @@ def sandbox(quick: bool = False) -> Iterator[Check]:
     held = sum(problems[name] is None for name in escapes.ATTACKS)
     found = f"{held} of {len(escapes.ATTACKS)} held in {time.monotonic() - start:.0f} s"
     yield Check("attacks", "ok" if held == len(escapes.ATTACKS) else "FAIL", found)
+
+
+def math_reward(quick: bool = False) -> Iterator[Check]:
+    from prime_fast.rewards import RewardPool, math_attacks
+
+    if quick:
+        return
+    with RewardPool("math", workers=1) as pool:
+        problems = dict(math_attacks.attempts(pool))
+    for name, problem in problems.items():
+        yield Check(f"attack: {name}", "FAIL" if problem else "ok", problem or "as it should be")
+    held = sum(problem is None for problem in problems.values())
+    found = f"{held} of {len(problems)} attacks refused"
+    yield Check("math reward", "ok" if held == len(problems) else "FAIL", found)

@@ -1,0 +1,232 @@
+r"""Formulas: math-verify reads them, and what they say is compared exactly.
+
+Two numbers are equal if their difference is zero to as many digits as it takes, two formulas with unknowns if they have
+the same unknowns and are equal wherever they are evaluated. math-verify's own comparison decides where neither is
+possible (functions without a definition, sets, integrals with parameters).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, verify
+from math_verify import parse as read_latex
+from sympy.core.function import AppliedUndef
+
+MAX_DIGITS = 10_000  # of a number on the way to a value; what may be larger is not evaluated
+MAX_CHARS = 400  # of a formula
+MAX_NODES = 2_000
+MAX_TERMS = 1_000  # of a sum or product
+MAX_NESTING = 12  # of brackets: each level costs the parser some multiple of the one outside
+PRECISION = 200  # digits to which the difference of two numbers is followed
+POINT_PRECISION = 30  # and that of formulas at a point
+MIN_POINTS = 3
+POINTS = [Fraction(*pair) for pair in ((7, 5), (13, 11), (3, 7), (-5, 3), (17, 6), (-11, 13), (23, 9), (-19, 4))]
+
+NORMAL = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False
+)
+LATEX = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=NORMAL),)
+COMMANDS = """
+    frac sqrt pi infty cdot binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg alpha
+    beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi
+    chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil rceil begin end sum prod int 
+    degree overline mathbb emptyset varnothing max min gcd operatorname
+""".split()  # noqa: SIM905
+FORBIDDEN = re.compile(
+    r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__"
+)
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def equal(truth: str, answer: str) -> bool:
+    ours, theirs = _letters(truth), _letters(answer)
+    if ours != theirs and {letter.lower() for letter in ours} == {letter.lower() for letter in theirs}:
+        return False  # R is not r, though math-verify reads them as one
+    one, other = parse(truth), parse(answer)
+    return one is not None and other is not None and same(one, other)
+
+
+@lru_cache(maxsize=512)
+def parse(text: str):
+    """A tidy text as a SymPy object, decimals as fractions; None if math-verify cannot read it or it is too big."""
+    if (
+        len(text) > MAX_CHARS
+        or FORBIDDEN.search(re.sub(r"_\{\s*[A-Za-z]\s*=", "_{", text))
+        or not _known_commands(text)
+        or _nesting(text) > MAX_NESTING
+    ):
+        return None
+    if r"\binom" in text and re.search(r"[0-9]{5}", text):
+        return None  # math-verify computes it as it reads
+    if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)[^A-Za-z]*\\degree", text):
+        text = re.sub(r"([0-9.]+)\s*\\degree\s*", r"(\\frac{\1\\pi}{180})", text)
+    if r"\degree" in text:
+        return None
+    text = re.sub(r"(?<![\^_0-9.])([0-9]+(?:\.[0-9]+)?)\s*\(", r"\1\\cdot (", text)  # 2(3) is no mixed number
+    found = read_latex(rf"\boxed{{{text}}}", LATEX, fallback_mode="no_fallback", parsing_timeout=None)
+    return _exact(found[0]) if len(found) == 1 and isinstance(found[0], sympy.Basic | sympy.MatrixBase) else None
+
+
+def same(truth, answer) -> bool:
+    if any(isinstance(value, sympy.Basic) and value.has(sympy.nan, sympy.zoo) for value in (truth, answer)):
+        return False
+    if isinstance(truth, sympy.MatrixBase) or isinstance(answer, sympy.MatrixBase):
+        return (
+            isinstance(truth, sympy.MatrixBase)
+            and isinstance(answer, sympy.MatrixBase)
+            and truth.shape == answer.shape
+            and all(map(same, truth, answer))
+        )
+    if truth == answer:
+        return truth is not sympy.nan
+    if not (isinstance(truth, sympy.Expr) and isinstance(answer, sympy.Expr)):
+        return type(truth) is type(answer) and verify(truth, answer, timeout_seconds=None)
+    if is_number(truth) or is_number(answer):
+        return is_number(truth) and is_number(answer) and _same_number(truth, answer)
+    if truth.free_symbols != answer.free_symbols:
+        return False
+    met = [_same_number(*values, POINT_PRECISION) for values in _values(truth, answer)]
+    if len(met) < MIN_POINTS:
+        return verify(truth, answer, timeout_seconds=None)
+    return all(met)
+
+
+def proportional(truth, answer, positive: bool = False) -> bool:
+    """Whether one is the other times a constant that is not zero, or above it: as sides' differences of equations."""
+    if not (isinstance(truth, sympy.Expr) and isinstance(answer, sympy.Expr)):
+        return False
+    if not truth.free_symbols or truth.free_symbols != answer.free_symbols:
+        return False
+    values = [pair for pair in _values(truth, answer) if not _same_number(pair[0], sympy.Integer(0))]
+    if len(values) < MIN_POINTS:
+        return False
+    (first, image), *rest = values
+    if _same_number(image, sympy.Integer(0)) or not all(
+        _same_number(one * image, first * other, POINT_PRECISION) for one, other in rest
+    ):
+        return False
+    return not positive or bool(sympy.re(sympy.N(first / image)) > 0)
+
+
+def number(text: str) -> Fraction | None:
+    """The value of a real number written as a formula, to 40 digits if it is no fraction."""
+    value = parse(text)
+    if not isinstance(value, sympy.Expr) or not is_number(value) or not value.is_finite:
+        return None
+    approximate = value if value.is_Rational else sympy.N(value, 40)
+    if not (approximate.is_Rational or approximate.is_Float):
+        return None
+    exact = sympy.Rational(approximate)
+    return Fraction(int(exact.p), int(exact.q))
+
+
+def is_number(value) -> bool:
+    return isinstance(value, sympy.Expr) and not value.free_symbols and not value.atoms(AppliedUndef)
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+
+
+def _nesting(text: str) -> int:
+    return max(accumulate((sign in "([{") - (sign in ")]}") for sign in text), default=0)
+
+
+def _known_commands(text: str) -> bool:
+    words = re.findall(r"\\([A-Za-z]+)", text)
+    return all(
+        word in COMMANDS or any(word == name + word[-1] for name in ("cot", "sin", "cos", "tan")) for word in words
+    )
+
+
+def _exact(value):
+    """Decimals become fractions, i the imaginary unit and symbols real; evaluated where that is no great work."""
+    try:
+        if isinstance(value, sympy.MatrixBase):
+            cells = [_exact(cell) for cell in value]
+            return None if any(cell is None for cell in cells) else sympy.ImmutableMatrix(*value.shape, cells)
+        if sum(1 for _ in sympy.preorder_traversal(value)) > MAX_NODES:
+            return None
+        _digits(value)
+        floats = {atom: sympy.Rational(str(atom)) for atom in value.atoms(sympy.Float)}
+        symbols = {
+            symbol: sympy.I if symbol.name == "i" else sympy.Symbol(symbol.name, real=True)
+            for symbol in value.free_symbols
+            if isinstance(symbol, sympy.Symbol)
+        }
+        return value.xreplace(floats | symbols).doit()
+    except TooBig:
+        return None
+
+
+class TooBig(Exception):
+    """An expression whose value would have more than MAX_DIGITS digits on the way."""
+
+
+def _digits(value) -> float:
+    """An upper bound of the digits of a value and of all that is computed for it; TooBig past MAX_DIGITS."""
+    if value.is_Number:
+        if not value.is_finite:
+            return 1.0
+        over, under = (abs(part) for part in sympy.Rational(value).as_numer_denom())
+        digits = float(max(int(over).bit_length(), int(under).bit_length())) * math.log10(2)
+    elif isinstance(value, sympy.Sum | sympy.Product):
+        for _, low, high in value.limits:
+            terms = high - low
+            if terms.is_number and not terms.is_infinite and not (terms.is_Integer and terms <= MAX_TERMS):
+                raise TooBig
+        digits = sum(map(_digits, value.args[:1])) + 10
+    else:
+        parts = [_digits(part) for part in value.args if isinstance(part, sympy.Basic)]
+        digits = sum(parts) or 1.0
+        if isinstance(value, sympy.Pow | sympy.exp):
+            digits = (parts[0] if isinstance(value, sympy.Pow) else 1.0) * _bound(value.exp, parts[-1])
+        elif isinstance(value, sympy.factorial | sympy.gamma | sympy.binomial | sympy.factorial2 | sympy.subfactorial):
+            digits = _bound(value.args[0], parts[0]) * max(parts[0], 1.0)
+    if digits > MAX_DIGITS:
+        raise TooBig
+    return digits
+
+
+def _bound(value, digits: float) -> float:
+    """An upper bound of |value|, at least 1."""
+    if value.is_Rational:
+        return max(1.0, float(abs(value))) if digits < 300 else math.inf
+    return 10.0**digits if digits < 300 else math.inf
+
+
+def _same_number(one, other, digits: int = PRECISION) -> bool:
+    if one == other:
+        return True
+    if one.is_Rational and other.is_Rational or not (one.is_finite and other.is_finite):
+        return False
+    difference = one - other
+    for part in [difference] if difference.is_real else [sympy.re(difference), sympy.im(difference)]:
+        rest = part.evalf(2, maxn=digits)
+        if not rest.is_number or (rest != 0 and getattr(rest, "_prec", 1) != 1):  # 1: lost in rounding at all digits
+            return False
+    return True
+
+
+def _values(one, other) -> list[tuple]:
+    """The values of both at the points where both have one."""
+    symbols = sorted(one.free_symbols, key=str)
+    values = []
+    for index in range(len(POINTS)):
+        point = {
+            symbol: sympy.Rational(*POINTS[(index + place) % len(POINTS)].as_integer_ratio()) + place
+            for place, symbol in enumerate(symbols)
+        }
+        pair = tuple(side.xreplace(point).doit() for side in (one, other))
+        if all(is_number(side) and side.is_finite for side in pair):
+            values.append(pair)
+    return values

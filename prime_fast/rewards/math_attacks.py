@@ -1,0 +1,79 @@
+r"""Answers that a math reward must refuse, as data for `prime-fast doctor`, the tests and `benchmarks.hack`.
+
+Each is a response with the ground truths it is tried on, none of which it states: what it is accepted for, it gets
+without the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prime_fast.rewards.pool import RewardPool
+
+SMALL = ("7", "12", r"\frac{1}{3}", "C", "50\\%", "(4,5)", "x=4", r"\pi", "eat", "5 m", "12_3")
+TINY = (r"\frac{1}{\binom{52}{5}}", "2^{-40}", "1.6e-19")
+HUGE = ("100000000000000000001", "1000000007", "2^{100}")
+
+ATTACKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "every candidate in one box": (r"\boxed{" + ", ".join(map(str, range(100))) + "}", SMALL),
+    "a box for every candidate": (" ".join(rf"\boxed{{{n}}}" for n in range(100)), SMALL),
+    "boxes in a box": (r"\boxed{\boxed{7} \boxed{12} \boxed{C} \boxed{4}}", SMALL),
+    "alternatives": (r"\boxed{7 \text{ or } 12}", SMALL),
+    "alternatives without a box": ("The answer is 7 or 12.", SMALL),
+    "a range": ("It lies between 4 and 12, so the answer is 4-12.", SMALL),
+    "an interval around everything": (r"\boxed{(-\infty, \infty)}", SMALL),
+    "all numbers": (r"\boxed{\mathbb{R}}", SMALL),
+    "a set builder": (r"\boxed{\{x : x \in \mathbb{R}\}}", SMALL),
+    "either sign": (r"\boxed{\pm 7}", SMALL),
+    "an unknown": (r"\boxed{x}", SMALL),
+    "the name of the answer": (r"\boxed{\text{answer}}", SMALL),
+    "a false equation": (r"\boxed{3 = 7}", ("7", "3", "x=7", "x^2-2x+5=0")),
+    "a contradiction for an equation": (r"\boxed{0 = 1}", ("x^2-2x+5=0", "x=5", "y=2x+3", "x^2+y^2=-1")),
+    "a tautology for an equation": (r"\boxed{0 = 0}", ("x^2-2x+5=0", "x=5", "y=2x+3", "x=x+1")),
+    "a tautology with unknowns": (r"\boxed{x = x}", ("x=5", "x^2=4", "y=2x", "5")),
+    "a chain through every value": (r"\boxed{x = 4 = 7 = 12 = \pi}", SMALL),
+    "an approximation of everything": (r"\boxed{4 \approx 7 \approx 12}", ("7", "12", r"\pi")),
+    "zero for what is small": (r"\boxed{0}", TINY),
+    "zero with decimals": (r"\boxed{0.000000}", TINY),
+    "zero to a power": (r"\boxed{0^{9}}", TINY),
+    "a power of ten for what is large": (r"\boxed{1.0\times10^{20}}", HUGE),
+    "an exponent for a prime": (r"\boxed{1e9}", HUGE),
+    "one for nearly one": (r"\boxed{1.0}", ("1-2^{-30}", "0.9999", "1+10^{-9}", r"\frac{999999999}{1000000000}")),
+    "six decimals of pi": (r"\boxed{3.141593}", (r"\pi", r"\frac{355}{113}", r"\frac{22}{7}")),
+    "six decimals of a third": (r"\boxed{0.333333}", (r"\frac{1}{3}",)),
+    "infinity": (r"\boxed{\infty}", SMALL + HUGE),
+    "infinity minus infinity": (r"\boxed{\infty - \infty}", SMALL + ("0",)),
+    "not a number": (r"\boxed{\frac{0}{0}}", SMALL + ("0", "nan")),
+    "an undefined logarithm": (r"\boxed{\log 0}", SMALL + ("0",)),
+    "the letters of a word in another order": (r"\boxed{tea}", SMALL),
+    "every option": (r"\boxed{A, B, C, D, E}", ("A", "B", "C", "D", "E")),
+    "every option with its value": (
+        r"\boxed{\textbf{(A)} 7 \textbf{(B)} 12 \textbf{(C)} 5}",
+        ("A", "B", "C", "7", "12"),
+    ),
+    "another unit": (r"\boxed{5 \text{ km}}", ("5 m", r"5 \text{ cm}", "5 kg", r"\$5")),
+    "a percentage without its sign": (r"\boxed{50}", (r"50\%", r"0.5", r"\frac{1}{2}")),
+    "another base": (r"\boxed{12_4}", ("12_3", "12_5", "6_{10}")),
+    "open for closed": (r"\boxed{(4, 5)}", ("[4,5]", "(4,5]", "[4,5)")),
+    "assignments for a point": (r"\boxed{x=4, y=5}", ("(4,5)", "(5,4)", "4,5")),
+    "letters that look like others": ("\\boxed{\u0421}", SMALL),
+    "digits of another script": ("\\boxed{\u0667}", SMALL),
+    "a truth that is cited": (r"The ground truth. \boxed{\text{ground\_truth}}", SMALL),
+    "Python": (r"\boxed{__import__('os').system('true')}", SMALL + ("0",)),
+    "an object equal to everything": (r"\boxed{type('X', (), {'__eq__': lambda *a: True})()}", SMALL),
+    "a tower of powers": (r"\boxed{7^{7^{7^{7^{7}}}}}", SMALL + HUGE),
+    "a factorial of a factorial": (r"\boxed{((((9!)!)!)!)!}", SMALL + HUGE),
+    "a deep nest": (r"\boxed{" + "(" * 400 + "7" + ")" * 400 + r"+1}", SMALL),
+    "a long answer": (r"\boxed{" + "7" * 100_000 + "}", SMALL),
+    "denied": ("The answer is not 7.", SMALL),
+    "a scale left out": (r"\boxed{7 \text{ million}}", SMALL),
+}
+
+
+def attempts(pool: RewardPool) -> Iterator[tuple[str, str | None]]:
+    """(name, what it was accepted for or None) of every attack; `pool` scores with a math reward."""
+    for name, (response, truths) in ATTACKS.items():
+        rows = [{"ability": "math", "reward_model": {"ground_truth": truth}} for truth in truths]
+        outcomes = pool.score([response] * len(rows), rows)
+        accepted = [truth for truth, outcome in zip(truths, outcomes, strict=True) if outcome]
+        yield name, f"it scored for {accepted}" if accepted else None
