@@ -79,7 +79,9 @@ def find(path: Path, part: str) -> Path | None:
     found = named_by(path) if pointer else path if (path / manifest.MANIFEST).is_file() else latest(path)
     if found is None and pointer:
         raise ValueError(f"{path} is damaged: it names no checkpoint that is there; name one of {path.parent}")
-    if found is not None and (problem := manifest.problem(found, f"{part}/")):
+    if found is not None and not (found / manifest.MANIFEST).is_file():
+        _tell(f"{found} has no {manifest.MANIFEST}, like those of older versions, so its files are not checked")
+    elif found is not None and (problem := manifest.problem(found, f"{part}/")):
         raise ValueError(f"{found} is damaged: {problem}; name another checkpoint of {found.parent}")
     return None if found is None else found / part
 

@@ -160,7 +160,8 @@ def check_parking(path: Path, dtype: str, scratch: Path, device: torch.device) -
 
     parked.park()
     assert not differences(expected, bits(parked))  # weights are gathered while it is parked
-    write(scratch, {shards.file_name(0): parked.states()})
+    write(scratch, {shards.file_name(distributed.rank()): parked.states()})
+    distributed.barrier()
     loaded = engine(path, device, dtype)
     step(loaded, 9)
     loaded.park()
