@@ -120,6 +120,7 @@ class Trainer:
             if last or stopped_by or (config.log.checkpoint_every and step % config.log.checkpoint_every == 0):
                 self.save(step)
             if stopped_by:
+                self._finish_saving()
                 raise distributed.Stop(f"stopped after step {step} by {stopped_by}, which watch.stop names")
             if ending is not None:
                 if log is not None:

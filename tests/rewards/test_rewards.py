@@ -148,7 +148,7 @@ class TestPool:
                 raise Judged("first line\\n  second line")
         """
         with RewardPool(write(code), workers=1) as pool:
-            assert pool.judge(["r"], [ROW]) == [(0.0, "errors", "Judged: first line second line")]
+            assert pool.judge(["r"], [ROW]) == [(0.0, "errors", "Judged: first line second line", None)]
 
     def test_clock_starts_when_the_sample_starts(self, actor):
         """Six samples of 0.3 s behind one worker all fit a deadline of 1.5 s: none is charged for its wait."""
