@@ -44,6 +44,7 @@ class Arm(NamedTuple):
 # What every arm adds to, whatever the config says: PRIME as published
 PLAIN = (
     *("rollout.keep=[0.2, 0.8]", "prime.credit=published", "prime.process_weight=1", "prime.segment=token"),
+    *('prime.separators="\\n"', "prime.gate=evidence"),
     *("prm.lr=1.0e-4", "prm.loss=response", "prm.rows=kept", "prm.passes=1"),
 )
 BASE = "rloo"

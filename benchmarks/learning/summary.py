@@ -17,6 +17,7 @@ from prime_fast.metrics import read_metrics
 from prime_fast.views.report import phase_seconds, series
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # accuracies whose price in rollouts is reported
+UNFILTERED = f"{BASE}+unfiltered"
 THIRDS = {"pair_accuracy_by_thirds": "prm_pair_accuracy", "step_auc_by_thirds": "prm_step_auc"}  # means, of a run
 Runs = dict[str, dict]  # seed -> summary
 
@@ -139,7 +140,7 @@ def paired(runs: Runs, base: Runs) -> dict | None:
 
 
 def collect(study: Study, pairs: Sequence[tuple[str, int]]) -> dict:
-    """{arm: {"label", "seeds": {seed: summary}, "mean": averages, "against_rloo"}} of those (arm, seed) that are
+    """{arm: {"label", "seeds": {seed: summary}, "mean": averages, "against_rloo", ...}} of those (arm, seed) that are
     finished; floats rounded to 4 digits. RLOO first."""
     arms: dict[str, Runs] = {}
     for name, seed in sorted(pairs, key=lambda pair: pair[0] != BASE):
@@ -155,6 +156,8 @@ def collect(study: Study, pairs: Sequence[tuple[str, int]]) -> dict:
         result[name] = {"label": arm(name).label, "seeds": runs, "mean": average(runs)}
         if name != BASE:
             result[name]["against_rloo"] = paired(runs, arms.get(BASE, {}))
+        if "unfiltered" in name.split("+") and name != UNFILTERED:  # it has made more updates than RLOO
+            result[name]["against_rloo_unfiltered"] = paired(runs, arms.get(UNFILTERED, {}))
     return json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 4))
 
 

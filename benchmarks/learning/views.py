@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -86,13 +87,15 @@ def arm_table(results: dict) -> str:
 
 def pair_table(results: dict) -> str:
     """Empty where RLOO has no seed in common with an arm."""
-    rows = [["arm against RLOO", "pairs", *(f"rollouts to {level}, ratio" for level in LEVELS)]]
+    rows = [["arm", "against", "pairs", *(f"rollouts to {level}, ratio" for level in LEVELS)]]
     rows[0] += ["to 0.9, warm-up counted", "final accuracy", "mean over the run", "errors at the end, ratio"]
-    for result in results.values():
-        if not (against := result.get("against_rloo")):
-            continue
+    bases = {"against_rloo": "RLOO", "against_rloo_unfiltered": "RLOO, no group dropped"}
+    pairs = [
+        (result, base, result[key]) for key, base in bases.items() for result in results.values() if result.get(key)
+    ]
+    for result, base, against in pairs:
         seeds, levels = against["seeds"], against["rollouts_to"]
-        row = [result["label"], f"{seeds}"]
+        row = [result["label"], bases[key], f"{seeds}"]
         row += [_ratio(levels[str(level)], "ratio", seeds) for level in LEVELS]
         row += [_ratio(levels["0.9"], "ratio_with_warmup", seeds)]
         row += [_range(against[f"{key}_difference"], "+.3f") for key in ("final", "mean")]
