@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from benchmarks.learning.summary import LEVELS, THIRDS
 from prime_fast.views.report import RUN_COLORS, STYLE
 
 LINES = 6  # of one picture
+LEGEND_COLUMNS = 52
 
 
 def pictures(results: dict, path: Path) -> list[Path]:
@@ -40,7 +42,8 @@ def plot(results: dict, path: Path) -> None:
         for color, result in zip(RUN_COLORS, results.values(), strict=False):
             mean = result["mean"]
             ends = f"{mean['start_accuracy']:.1%} → {mean['final_accuracy']:.1%}"
-            _curve(axes, mean["curve"], "accuracy", color, f"{result['label']}   {ends}, {len(result['seeds'])} seeds")
+            label = fill(f"{result['label']}: {ends}, {len(result['seeds'])} seeds", LEGEND_COLUMNS)
+            _curve(axes, mean["curve"], "accuracy", color, label)
             if mean.get("step_auc"):
                 _curve(*below, mean["step_auc"], "auc", color, None)
         axes.set_title("Held-out greedy accuracy: means over seeds, and their 95% intervals")
@@ -90,10 +93,9 @@ def pair_table(results: dict) -> str:
     rows = [["arm", "against", "pairs", *(f"rollouts to {level}, ratio" for level in LEVELS)]]
     rows[0] += ["to 0.9, warm-up counted", "final accuracy", "mean over the run", "errors at the end, ratio"]
     bases = {"against_rloo": "RLOO", "against_rloo_unfiltered": "RLOO, no group dropped"}
-    pairs = [
-        (result, base, result[key]) for key, base in bases.items() for result in results.values() if result.get(key)
-    ]
-    for result, base, against in pairs:
+    for result, key in product(results.values(), bases):
+        if not (against := result.get(key)):
+            continue
         seeds, levels = against["seeds"], against["rollouts_to"]
         row = [result["label"], bases[key], f"{seeds}"]
         row += [_ratio(levels[str(level)], "ratio", seeds) for level in LEVELS]
