@@ -14,9 +14,7 @@ from test_trainer import stable, weights
 
 from prime_fast.cli import main
 from prime_fast.engine import checkpoint, interrupt
-from prime_fast.engine.watchdog import Watchdog
 from prime_fast.metrics import read_metrics
-from prime_fast.progress import at
 from prime_fast.rollout.hf import HFEngine
 from prime_fast.stages.sft import Sft
 from prime_fast.trainer import Trainer
@@ -141,6 +139,21 @@ sys.exit(here.train(here.Path(sys.argv[1]), sys.argv[2], "log.eval_every=0"))
 """
 
 # Two processes on one machine, one of which is stopped in phase policy while the other one waits for it
+STAYS = """
+import os, signal, sys, time
+from pathlib import Path
+from prime_fast.engine.watchdog import Watchdog
+from prime_fast.progress import at
+
+grace = int(sys.argv[2])
+with Watchdog(Path(sys.argv[1]), grace, hang=0, kill=lambda: None):
+    at(2, "policy")
+    os.kill(os.getpid(), signal.SIGUSR1)
+    for _ in range(100):
+        time.sleep(0.5)
+        if grace > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
 HANG = """
 import os, signal, sys, time
 from pathlib import Path
@@ -214,17 +227,6 @@ def test_a_hang_is_told_with_the_place_of_every_rank(tmp_path):
     ],
 )
 def test_who_cannot_leave_in_time_or_is_asked_twice_ends_at_once(grace, told, tmp_path):
-    """In a fork of this process, which does not get on."""
-    if not (child := os.fork()):
-        os.dup2(os.open(tmp_path / "told", os.O_WRONLY | os.O_CREAT), 2)
-        sys.stderr = os.fdopen(2, "w")
-        with Watchdog(tmp_path, grace, hang=0, kill=lambda: None):
-            at(2, "policy")
-            os.kill(os.getpid(), signal.SIGUSR1)
-            for _ in range(100):
-                time.sleep(0.5)
-                if grace > 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
-    assert told in (tmp_path / "told").read_text()
+    (tmp_path / "stays.py").write_text(STAYS)
+    left = processes.run([sys.executable, str(tmp_path / "stays.py"), str(tmp_path / "run"), str(grace)])
+    assert left.returncode == 143 and told in left.stderr

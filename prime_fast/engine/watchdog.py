@@ -120,6 +120,7 @@ class Watchdog:
             new.replace(self.directory / f"{self.rank}.json")
             self.failed = False
         except OSError as error:
+            new.unlink(missing_ok=True)
             if not self.failed:
                 say(f"prime-fast: rank {self.rank} cannot tell the others where it is: {error}", sys.stderr)
             self.failed = True

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_fast.data.models import located, model_config
 from prime_fast.engine.batch import Sample
 from prime_fast.rollout import Request, RolloutEngine, release_cached
 from prime_fast.rollout.weights import Entry, Report, checksum, view
@@ -91,6 +90,8 @@ class VLLMEngine(RolloutEngine):
             os.environ.setdefault(name, value)
         from vllm import LLM
         from vllm.platforms import current_platform
+
+        from prime_fast.data.models import located  # tokenizers, which nobody needs who only asks for a version
 
         _check_arguments(options or {})
         self.eos, self.sleep_level = sorted(eos_ids), sleep_level
@@ -285,6 +286,8 @@ def _parts(model: Any, name: str) -> list[str]:
 
 def _cpu_kv_bytes(path: str, dtype: torch.dtype, longest: int, batch: int) -> int:
     """Room for a whole batch of the longest sequences, up to a limit."""
+    from prime_fast.data.models import model_config
+
     shape = model_config(path)
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads

@@ -1,3 +1,4 @@
+import mmap
 import subprocess
 import sys
 
@@ -29,7 +30,8 @@ def test_the_sampler_sees_what_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     sampler = Sampler()
     before = sampler()
-    held = np.ones(8 << 20, np.uint8)  # pages that were written to
+    held = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not what the allocator has kept
+    held[:: mmap.PAGESIZE] = bytes(len(held) // mmap.PAGESIZE)
     with (
         open(tmp_path / "file", "w"),
         subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child,
