@@ -17,14 +17,15 @@ WRITES = {  # kinds of file that a run writes
     "samples": r"samples\.jsonl$",
     "responses": r"eval/step-\d+\.jsonl$",
     "model": r"policy/.*safetensors$|/policy/config\.json$",
-    "shards": r"state/prm/state/.*\.pt$",
+    "shards": r"state/prm/rank-\d+\.safetensors$",
     "trainer": r"state/trainer\.pt$",
-    "pointer": r"checkpoints/\.latest$",
+    "manifest": r"\.manifest\.json\.new$",
+    "pointer": r"checkpoints/\.latest\.new$",
 }
 PARTS = (  # of a checkpoint, each damaged in every way
     "policy/model.safetensors", "policy/config.json", "policy/tokenizer.json", "prm/model.safetensors",
-    "state/trainer.pt", "state/identity.json", "state/policy/state/*optim_states.pt",
-    "state/policy/state/*model_states.pt", "state/prm/state/*optim_states.pt", "state/policy/latest",
+    "state/trainer.pt", "state/identity.json", "state/policy/rank-*.safetensors", "state/prm/rank-*.safetensors",
+    "manifest.json",
 )  # fmt: skip
 DAMAGES = ("truncated", "flipped", "missing")
 
