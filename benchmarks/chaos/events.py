@@ -15,7 +15,7 @@ PHASES = (
 WRITES = {  # kinds of file that a run writes
     "metrics": r"metrics\.jsonl$",
     "samples": r"samples\.jsonl$",
-    "responses": r"eval/step-\d+\.jsonl$",
+    "responses": r"eval/\.step-\d+\.jsonl\.new$",
     "model": r"policy/.*safetensors$|/policy/config\.json$",
     "shards": r"state/prm/rank-\d+\.safetensors$",
     "trainer": r"state/trainer\.pt$",
