@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from benchmarks import learning
 from benchmarks.learning import study as runs
 from benchmarks.learning import views
-from benchmarks.learning.arms import ADDITIONS, DEFAULT_ARMS, FORMS, PLAIN, TASKS, arm
+from benchmarks.learning.arms import ADDITIONS, DEFAULT_ARMS, FORMS, TASKS, arm
 from benchmarks.learning.study import Study
 from benchmarks.learning.summary import collect
 from benchmarks.machine import cpu_name
@@ -73,10 +74,10 @@ def work(options: argparse.Namespace) -> tuple[Study, dict]:
     """Run what is not finished, unless only a report is asked for; the study and its results."""
     for name in options.arms or ():
         arm(name)
-    settings = (*PLAIN, *TASKS[options.task].overrides, *options.overrides)
-    steps = options.steps or load_config(options.config, settings).steps
-    out, many = options.out / options.task, options.sft_per_seed
+    out, many, steps = options.out / options.task, options.sft_per_seed, options.steps or 0
     study = Study(out, options.config, options.overrides, steps, many, options.threads, options.task, options.warmup)
+    if not steps:
+        study = replace(study, steps=load_config(study.config, study.settings).steps)
     if options.report:
         found = [
             (name, seed)

@@ -36,9 +36,8 @@ def plot(results: dict, path: Path) -> None:
     has_auc = any(result["mean"].get("step_auc") for result in results.values())
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 7.5 if has_auc else 5), layout="constrained")
-        axes, *below = figure.subplots(1 + has_auc, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_auc])[
-            :, 0
-        ]
+        ratios = (2, 1) if has_auc else (1,)
+        axes, *below = figure.subplots(len(ratios), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         for color, result in zip(RUN_COLORS, results.values(), strict=False):
             mean = result["mean"]
             ends = f"{mean['start_accuracy']:.1%} → {mean['final_accuracy']:.1%}"
