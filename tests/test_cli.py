@@ -10,6 +10,7 @@ import prime_fast
 import prime_kernels
 from prime_fast import cli
 from prime_fast.cli import main
+from prime_fast.cli.words import config_of
 from prime_fast.metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -217,14 +218,14 @@ ORDERS = [
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_words_and_options_come_in_any_order(order, workspace):
-    options = cli._parser().parse_args(["train", *order.replace("CONFIG", str(workspace / "config.yaml")).split()])
-    config = cli._config(options)
+    options = cli.parser().parse_args(["train", *order.replace("CONFIG", str(workspace / "config.yaml")).split()])
+    config = config_of(options)
     assert (config.steps, config.seed, options.ranks, options.dry_run) == (3, 1, 8, True)
 
 
 def test_a_later_override_wins_across_options(workspace):
     words = ["train", "steps=3", str(workspace / "config.yaml"), "--dry-run", "steps=4"]
-    assert cli._config(cli._parser().parse_args(words)).steps == 4
+    assert config_of(cli.parser().parse_args(words)).steps == 4
 
 
 def test_runs_on_both_sides_of_an_option(tmp_path, capsys):

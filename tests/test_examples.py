@@ -14,6 +14,7 @@ import yaml
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from prime_fast import cli
+from prime_fast.cli.words import config_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SECONDS = 60
@@ -24,9 +25,9 @@ def check(words: list[str]) -> dict:
     assert words[0] == "torchrun"
     launched = torchrun_parser().parse_args(words[1:])
     assert launched.module and launched.training_script == "prime_fast"
-    options = cli._parser().parse_args(launched.training_script_args)
+    options = cli.parser().parse_args(launched.training_script_args)
     assert options.resume, "a job that starts again must go on"
-    return cli._config(options)
+    return config_of(options)
 
 
 def test_kubernetes(monkeypatch):

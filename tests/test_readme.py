@@ -20,6 +20,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import prime_kernels
 from prime_fast import cli
+from prime_fast.cli.words import config_of
 from prime_fast.rewards.attacks import ATTACKS
 
 ROOT = Path(__file__).parents[1]
@@ -99,12 +100,12 @@ def test_command_parses(path, command, parsing, monkeypatch):
     words = shlex.split(command, comments=True)
     if arguments is not None:
         try:
-            options = cli._parser().parse_args(arguments)
+            options = cli.parser().parse_args(arguments)
         except SystemExit as end:
             assert "--version" in arguments and end.code == 0, f"{command} does not parse"
             return
         if arguments[0] in ("train", "sft") and not options.config.startswith("runs/"):
-            cli._config(options)  # its file, and the keys set beside it
+            config_of(options)  # its file, and the keys set beside it
     elif words[0] == "make":
         result = processes.run(["make", "-n", *words[1:]], cwd=ROOT)
         assert result.returncode == 0, result.stderr
