@@ -72,8 +72,11 @@ def emulator(request, tmp_path_factory):
             yield None
             return
         if INTERPRETING:
+            import interpreter
+
             from prime_kernels import advantage_triton
 
+            interpreter.patch_once()
             patch.setattr(advantage_triton, "BLOCK", 16)
             patch.setattr(advantage_triton, "ROWS", 4)
             yield None

@@ -1,6 +1,7 @@
 """The Triton kernels of the LM-head ops in Triton's interpreter: run by test_kernels_linear_triton.py, which sets
 TRITON_INTERPRET=1 for a process of its own. No timing, race or layout shows here; bfloat16 is computed wrongly."""
 
+import interpreter
 import pytest
 import torch
 import triton
@@ -11,6 +12,7 @@ from prime_kernels import linear_logprob, tune
 from prime_kernels.linear_logprob_triton import vocabulary_stats
 
 assert triton.knobs.runtime.interpret
+interpreter.patch_once()
 
 
 @pytest.fixture(params=["fused", "gemm"])
