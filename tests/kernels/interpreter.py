@@ -1,5 +1,5 @@
-"""Triton's interpreter patches triton.language at a launch and again at every call of a device function within, which is
-more than half of its time, though the first call of each has left nothing to patch."""
+"""Triton's interpreter patches triton.language at a launch and again at every call of a device function within: half
+of its time and more, but what the first call of each function has patched stays so."""
 
 from functools import cache
 
