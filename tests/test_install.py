@@ -146,7 +146,7 @@ class TestVersions:
         extras = PROJECT["project"]["optional-dependencies"].values()
         ours = requirements([*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)])
         usual = pinned(make_env(gpus=False))
-        build = requirements(PROJECT["build-system"]["requires"])  # whatever setuptools is there will do, if not too old
+        build = requirements(PROJECT["build-system"]["requires"])  # any setuptools will do that is new enough
         for requirement in ours + build:
             name = canonicalize_name(requirement.name)
             bounds = {specifier.operator: specifier.version for specifier in requirement.specifier}
