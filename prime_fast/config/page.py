@@ -19,14 +19,17 @@ from prime_fast.values import LARGEST
 
 INTRODUCTION = """# Settings
 
-Written from `prime_fast/config/sections.py` by `python -m prime_fast.config.page`; a test compares them, so change the source and not this page.
+Written from `prime_fast/config/sections.py` by `python -m prime_fast.config.page`; a test compares them, so change the
+source and not this page.
 
-A configuration is a YAML file of these keys; `prime-fast train CONFIG section.key=value` sets any of them on the command line, with a YAML value
-behind the `=`. An unknown key is refused with the nearest name, a value that does not fit with one sentence. `RUN_DIR/config.yaml` is the
-resolved tree of a run. The defaults are the published run's. *required* keys have none.
+A configuration is a YAML file of these keys. `prime-fast train CONFIG section.key=value` sets any of them on the
+command line, with a YAML value behind the `=`. An unknown key is refused with the nearest name, a value that does not
+fit with one sentence. `RUN_DIR/config.yaml` is the resolved tree of a run. The defaults are the published run's;
+*required* keys have none.
 
-What they do together: [algorithm.md](algorithm.md) for `prime`, [credit.md](credit.md) for `prime.credit`, [scaling.md](scaling.md) for `engine` and
-`rollout.vllm`, [rewards.md](rewards.md) for `reward`, [watching.md](watching.md) for `watch`, [running.md](running.md) for `log`.
+What they do together: [algorithm.md](algorithm.md) for `prime`, [credit.md](credit.md) for `prime.credit`,
+[scaling.md](scaling.md) for `engine` and `rollout.vllm`, [rewards.md](rewards.md) for `reward`,
+[watching.md](watching.md) for `watch`, [running.md](running.md) for `log`.
 """
 
 

@@ -169,7 +169,8 @@ class SftConfig(OptimizerConfig):
     warmup: Share = 0.05
     mini_batch: Positive = 96
     steps: Positive = 100  # optimizer steps
-    response: Answer = "{solution}"  # what is learnt of a row; or {reasoning} (the solution without its last `#### x` line), {ground_truth}
+    # what is learnt of a row; or {reasoning} (the solution without its last `#### x` line), {ground_truth}
+    response: Answer = "{solution}"
 
 
 class EngineConfig(Section):
