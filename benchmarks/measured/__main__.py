@@ -1,37 +1,10 @@
-"""docs/measured.md, every figure from a committed JSON: python -m benchmarks.measured > docs/measured.md
+"""python -m benchmarks.measured docs/measured.md"""
 
-A section is a function: its words, its tables, and figures that are only ever read from benchmarks/results.
-tests/test_docs.py compares the page with this, and finds a figure that somebody typed into the words.
-"""
+import argparse
+from pathlib import Path
 
-from __future__ import annotations
+from benchmarks.measured.page import page
 
-from benchmarks.measured import learning, speed, trust
-from benchmarks.measured.words import load
-
-SECTIONS = (
-    *(learning.learning, learning.one_seed, learning.addition, learning.published, learning.credit_forms),
-    *(learning.ahead, learning.step_labels, learning.best_of),
-    *(speed.lm_head, speed.advantages, speed.whole_steps, speed.overlap, speed.rollouts, speed.collection),
-    *(speed.checkpoints, trust.rewards, trust.watchers, trust.chaos, trust.intervals, trust.gpu),
-)
-
-
-def page() -> str:
-    sections = (f"## {part.__doc__.rstrip('.')}\n\n{part().strip()}" for part in SECTIONS)
-    return "\n\n".join([introduction(), *sections]) + "\n"
-
-
-def introduction() -> str:
-    cpu = load("lm_head.json")["machine"]
-    return f"""# Measured
-
-Written by `python -m benchmarks.measured` from the files of `benchmarks/results`; a test compares them, so no figure
-here is typed by hand.
-
-Hardware of every number: {cpu["cores"]} cores of an {cpu["device"]} (AVX2), no GPU; one thread a run unless said
-otherwise. A command is what made the JSON named beside it."""
-
-
-if __name__ == "__main__":
-    print(page(), end="")
+parser = argparse.ArgumentParser(prog="benchmarks.measured", description="write the page of what was measured")
+parser.add_argument("file", type=Path)
+parser.parse_args().file.write_text(page())

@@ -74,7 +74,7 @@ def intervals() -> str:
     _, low, _, high = band.split("_")
     inside = sum(kind[band] * kind["cases"] for kind in usual) / sum(kind["cases"] for kind in usual)
     return f"""
-How often the intervals of `prime-fast eval` enclose the truth, by enumeration and simulation of
+How often the intervals of an evaluation enclose the truth, by enumeration and simulation of
 {sum(kind["cases"] for kind in kinds)} cases: never less than {min(kind["lowest"] for kind in kinds):.1%}; where five
 solved and five unsolved problems are to be expected, in {low}% to {high}% of the draws in {inside:.0%} of the cases.
 Made by `python -m benchmarks.intervals`: {link("intervals.json")}."""

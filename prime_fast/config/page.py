@@ -1,4 +1,4 @@
-"""docs/settings.md, written from the configuration's own source: python -m prime_fast.config.page > docs/settings.md
+"""docs/settings.md, written from the configuration's own source: python -m prime_fast.config docs/settings.md
 
 Keys, types and defaults come from the tree; what a key means is the comment above or beside it in the source.
 """
@@ -19,11 +19,11 @@ from prime_fast.values import LARGEST
 
 INTRODUCTION = """# Settings
 
-Written from `prime_fast/config/sections.py` by `python -m prime_fast.config.page`; a test compares them, so change the
-source and not this page.
+Written from `prime_fast/config/sections.py` by `python -m prime_fast.config docs/settings.md`; a test compares them, so
+change the source and not this page.
 
-A configuration is a YAML file of these keys. `prime-fast train CONFIG section.key=value` sets any of them on the
-command line, with a YAML value behind the `=`. An unknown key is refused with the nearest name, a value that does not
+A configuration is a YAML file of these keys. `section.key=value` on the command line sets any of them, with a YAML
+value behind the `=`. An unknown key is refused with the nearest name, a value that does not
 fit with one sentence. `RUN_DIR/config.yaml` is the resolved tree of a run. The defaults are the published run's;
 *required* keys have none.
 
@@ -111,7 +111,3 @@ def _comments(section: type[BaseModel]) -> dict[str, str]:
         if told := [comment[line] for line in range(first, node.end_lineno + 1) if line in comment]:
             found[node.target.id] = " ".join(told)
     return found
-
-
-if __name__ == "__main__":
-    print(page(), end="")
