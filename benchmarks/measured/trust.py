@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.measured.words import link, load
+from prime_fast.watch import WINDOW
 
 
 def rewards() -> str:
@@ -40,13 +41,13 @@ def watchers() -> str:
     """Watchers."""
     runs = load("watchers.json")["runs"]
     healthy = [run for name, run in runs.items() if name.startswith("healthy")]
-    failing = [min(run["began"].values(), default=0) for name, run in runs.items() if not name.startswith("healthy")]
-    slow = {step for step in failing if step >= 20}
-    quick = [step for step in failing if step not in slow]
+    failing = [run["began"].values() for name, run in runs.items() if not name.startswith("healthy")]
+    first = sorted(min(began) for began in failing if began)
+    quick, slow = [step for step in first if step < WINDOW], {str(step) for step in first if step >= WINDOW}
     return f"""
-In {sum(step > 0 for step in failing)} of {len(failing)} runs of the quickstart's task that were made to fail a watcher
-begins: in step {min(quick)} to {max(quick)} where the policy breaks, in step {", ".join(map(str, sorted(slow)))} where
-it takes a mean over steps. In {len(healthy)} healthy runs of {healthy[0]["steps"]} steps
+In {len(first)} of {len(failing)} runs of the quickstart's task that were made to fail a watcher begins: in step
+{min(quick)} to {max(quick)} where the policy breaks, in step {", ".join(sorted(slow))} where it takes a mean over as
+many. In {len(healthy)} healthy runs of {healthy[0]["steps"]} steps
 {sum(bool(run["began"]) for run in healthy) or "none"} begins. Made by `python -m benchmarks.watchers`:
 {link("watchers.json")}."""
 

@@ -23,9 +23,8 @@ Written from `prime_fast/config/sections.py` by `python -m prime_fast.config doc
 change the source and not this page.
 
 A configuration is a YAML file of these keys. `section.key=value` on the command line sets any of them, with a YAML
-value behind the `=`. An unknown key is refused with the nearest name, a value that does not
-fit with one sentence. `RUN_DIR/config.yaml` is the resolved tree of a run. The defaults are the published run's;
-*required* keys have none.
+value behind the `=`. An unknown key is refused with the nearest name, a value that does not fit with one sentence.
+`RUN_DIR/config.yaml` is the resolved tree of a run. The defaults are the published run's; *required* keys have none.
 
 What they do together: [algorithm.md](algorithm.md) for `prime`, [credit.md](credit.md) for `prime.credit`,
 [scaling.md](scaling.md) for `engine` and `rollout.vllm`, [rewards.md](rewards.md) for `reward`,
