@@ -34,7 +34,7 @@ PY := $(VENV)/bin/python
 CLI := $(PY) -m prime_fast
 READY := $(VENV)/.ready
 
-.PHONY: env quickstart test gpu lint clean
+.PHONY: env quickstart test gpu lint pages clean
 
 env: $(READY)
 
@@ -67,6 +67,11 @@ gpu:
 
 lint: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# The pages of docs/ that are written from something else; a test compares them.
+pages: $(READY)
+	$(PY) -m prime_fast.config docs/settings.md
+	$(PY) -m benchmarks.measured docs/measured.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

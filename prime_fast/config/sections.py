@@ -39,8 +39,8 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     policy: Name  # HF directory or hub id; policy, PRM and reference all start here unless told otherwise
-    prm: Name | None = None
-    reference: Name | None = None
+    prm: Name | None = None  # where the PRM starts; null = as the policy
+    reference: Name | None = None  # the frozen reference; null = where the policy starts
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward; auto = bfloat16 on a GPU, float32 on CPU
     # norms, RoPE, SwiGLU. hf: transformers' | auto: on a GPU torch's RMSNorm | fused: Liger's RoPE and SwiGLU as well
     layers: Literal["auto", "hf", "fused"] = "auto"
@@ -51,9 +51,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: Paths = []
-    eval: Paths = []
-    eval_rows: Positive = 256
+    train: Paths = []  # .jsonl, .json, .parquet or hf://org/name:split; docs/start.md tells the shapes of rows
+    eval: Paths = []  # held-out rows, likewise
+    eval_rows: Positive = 256  # of all eval files together, as many of each
     max_prompt: Positive = 1024  # tokens; longer prompts are dropped and counted
     drop: list[Literal["broken", "duplicates"]] = []  # rows to leave out and count; a broken row is else an error
     # chat: the tokenizer's chat template | raw: prompts as they stand | auto: raw for texts in `prompt` and for
@@ -63,13 +63,13 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf", "vllm"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"  # embedded, batched, exact | vLLM in a process of its own
     # arguments of vllm.LLM, and ours: gpus (for engines alone), sleep_level (2; 1 keeps the weights), bucket_mib (sync)
     vllm: VllmArguments = {}
     prompts: Positive = 256  # groups trained on per step
     samples: Positive = 4  # K, responses per prompt
     max_response: Positive = 3072  # tokens, EOS included
-    temperature: Annotated[float, Number, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Number, Field(ge=1e-3, allow_inf_nan=False)] = 1.0  # of sampling
     # sample from the most probable tokens that make up this share
     top_p: Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     stop: Tokens = []  # token strings or ids that end a response beside EOS, and are a part of it; each one token
@@ -77,7 +77,7 @@ class RolloutConfig(Section):
     max_rounds: Positive = 8  # at most this many times `prompts` prompts are started to fill a step
     keep: tuple[Share, Share] = (0.2, 0.8)  # groups whose mean outcome lies in this closed interval train
     patience: NotNegative = 3  # steps in a row without one, after which the run ends; 0 = never
-    filter_truncated: bool = False  # groups with a truncated response do not
+    filter_truncated: bool = False  # groups with a truncated response do not train
     # weight updates that a group left over may have seen. 1: what one step leaves opens the next one; more is left only
     # after the pass rate has jumped
     max_age: NotNegative = 1
@@ -102,9 +102,11 @@ class RewardConfig(Section):
 
 
 class PrimeConfig(Section):
+    # after: scores come out of the PRM's own training forward | before: it is trained first, then scores in a second
+    # forward | none: it is not trained
     update: Literal["after", "before", "none"] = "after"
-    reference: Literal["sft", "policy"] = "sft"
-    beta: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 0.05
+    reference: Literal["sft", "policy"] = "sft"  # of the log-ratios: model.reference, frozen | the policy of this step
+    beta: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 0.05  # a token's reward is beta * log-ratio
     # train the PRM on groups as they come, where engines work beside the trainer (rollout.vllm.gpus, or vLLM on a CPU)
     overlap: bool = True
     # what becomes of the PRM's log-ratios: docs/credit.md tells when which one pays
@@ -120,19 +122,19 @@ class PrimeConfig(Section):
     # steps are right, for the metric prm_step_auc alone
     step_labels: Name | None = None
     granularity: Literal["token", "whole"] = "token"  # whole: a row's process reward comes with its last token
-    estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
-    form: Literal["run", "paper"] = "run"
-    normalize: Literal["batch", "none"] = "batch"
-    whiten: bool = True
-    process_weight: Rate = 1.0
-    outcome_weight: Rate = 1.0
+    estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"  # the baseline: docs/algorithm.md has the formulas
+    form: Literal["run", "paper"] = "run"  # of rloo: the published run's code | the publication's formula
+    normalize: Literal["batch", "none"] = "batch"  # process rewards over the batch's largest return | as they are
+    whiten: bool = True  # advantages of all tokens of a step to mean 0 and variance 1
+    process_weight: Rate = 1.0  # of the process reward; 0 = outcome-only, and neither PRM nor reference is loaded
+    outcome_weight: Rate = 1.0  # of the verified outcome
     gamma: tuple[Discount, Discount] = (1.0, 1.0)  # per token, of the process reward and of the outcome
 
 
 class OptimizerConfig(Section):
-    lr: Rate
-    weight_decay: Rate = 0.0
-    grad_clip: Rate = 1.0  # 0 = no clipping
+    lr: Rate  # learning rate of AdamW
+    weight_decay: Rate = 0.0  # of AdamW
+    grad_clip: Rate = 1.0  # largest norm of the gradient; 0 = no clipping
     mini_batch: Positive = 256  # rows per optimizer step, over all ranks
     warmup: Share = 0.0  # share of the run's steps over which lr rises linearly
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; to 0 at the end of the run
@@ -143,8 +145,8 @@ class PolicyConfig(OptimizerConfig):
     weight_decay: Rate = 0.01
     epochs: Positive = 1  # passes over a step's rows, each cut into mini-batches anew
     clip: tuple[Rate, Rate] = (0.2, 0.2)  # the ratio is clipped to [1 - low, 1 + high]
-    entropy_coef: Rate = 0.0
-    kl_coef: Rate = 0.0
+    entropy_coef: Rate = 0.0  # of a bonus for the entropy, in the loss
+    kl_coef: Rate = 0.0  # of the KL to the reference (k3), in the loss
     mean: Literal["token", "row"] = "token"  # loss: mean over tokens, or over rows of the mean over a row's tokens
 
 
@@ -160,14 +162,15 @@ class PrmConfig(OptimizerConfig):
 
 
 class SftConfig(OptimizerConfig):
-    data: Paths = []
+    data: Paths = []  # rows with solutions
     eval: Paths = []  # held-out solutions for the validation loss; of all files together at most data.eval_rows
     lr: Rate = 1e-5
     weight_decay: Rate = 0.01
     warmup: Share = 0.05
     mini_batch: Positive = 96
-    steps: Positive = 100
-    response: Answer = "{solution}"  # or {reasoning} (the solution without its last `#### x` line), {ground_truth}
+    steps: Positive = 100  # optimizer steps
+    # what is learnt of a row; or {reasoning} (the solution without its last `#### x` line), {ground_truth}
+    response: Answer = "{solution}"
 
 
 class EngineConfig(Section):
@@ -189,7 +192,7 @@ class LogConfig(Section):
     eval_every: NotNegative = 10  # steps; 0 = never
     checkpoint_every: NotNegative = 50  # steps; 0 = only at the end
     keep: Positive = 2  # newest checkpoints; the best of those made at an evaluated step is kept besides
-    tensorboard: bool = False
+    tensorboard: bool = False  # also write the metrics for TensorBoard, which the extra of that name installs
     # seconds from SIGTERM or SIGUSR1 to the end of the run, which saves what it can until then. Slurm, Kubernetes and
     # torchrun give 30 unless told otherwise
     grace: Annotated[float, Number, Field(gt=0, le=DAY)] = 25.0

@@ -28,9 +28,9 @@ ROUNDING = 1e-6  # of means, as in prime.keep_groups
 
 
 class Config(Section):
-    run_dir: Name
-    steps: Positive = 100
-    seed: Annotated[int, Number, Field(ge=0, lt=1 << 32)] = 0
+    run_dir: Name  # where everything of the run is written
+    steps: Positive = 100  # rollout steps
+    seed: Annotated[int, Number, Field(ge=0, lt=1 << 32)] = 0  # of the order of the prompts and of sampling
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

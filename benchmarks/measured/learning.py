@@ -1,0 +1,194 @@
+"""What is learnt, and by which credit."""
+
+from __future__ import annotations
+
+from benchmarks.measured.words import link, load, made_by, ratio, table, whole
+
+
+def learning() -> str:
+    """Learning."""
+    study = load("learning-chain6.json")
+    arms, base = study["arms"], "against_rloo_unfiltered"
+    odds = arms["odds-size+step+keen+faster+x4+unfiltered"]
+    seconds = odds["mean"]["seconds_per_step"]
+    every = arms["rloo+unfiltered"]["mean"]["seconds_per_step"]
+    auc = ", ".join(f"{third:.2f}" for third in odds["mean"]["step_auc_by_thirds"])
+    head = "arm", "start", "end", "rollouts to 0.8", "to 0.9", "to 0.9 over RLOO's", "over RLOO's on every group"
+    names = {
+        "rloo": "RLOO, groups of mean outcome 0.2 to 0.8",
+        "rloo+unfiltered": "RLOO, every group",
+        "odds-size+step+keen+faster+x4+unfiltered": "process rewards, every group (`configs/quickstart.yaml`)",
+    }
+    rows = [
+        (
+            name,
+            f"{arms[arm]['mean']['start_accuracy']:.3f}",
+            f"{arms[arm]['mean']['final_accuracy']:.3f}",
+            *(whole(arms[arm]["mean"]["rollouts_to"][level]) for level in ("0.8", "0.9")),
+            ratio(arms[arm], "against_rloo", "0.9"),
+            ratio(arms[arm], base, "0.9"),
+            f"{arms[arm]['against_rloo']['error_ratio']:.2f}" if "against_rloo" in arms[arm] else "",
+        )
+        for arm, name in names.items()
+    ]
+    return f"""
+The quickstart's task, {len(odds["seeds"])} seeds with an SFT model each, {study["steps"]} steps, greedy accuracy on
+held-out problems, and rollouts until it is reached; ratios with intervals (`95%`) over pairs of one seed.
+
+{made_by("learning-chain6.json")}
+
+{table((*head, "errors at the end over RLOO's"), rows)}
+
+![held-out accuracy of the three arms, and the PRM's step AUC](../benchmarks/results/cpu/learning-chain6.png)
+
+Two things pay. One is to drop no group; the other is the process reward, against RLOO on every group, too. It costs
+compute: the PRM takes {seconds["prm"] / seconds["policy"]:.1f} times the policy's seconds, and a step
+{seconds["whole"]:.1f} s against {every["whole"]:.1f} s of RLOO's on every group, beside other work on the machine.
+The step AUC of the PRM by thirds of a run is {auc}.
+[credit.md](credit.md#when-process-rewards-pay) says what to do."""
+
+
+def one_seed() -> str:
+    """One seed of more arms."""
+    study = load("learning-chain6-one-seed.json")
+    names = {
+        "rloo": "RLOO",
+        "odds-size+step+keen+x4": "process rewards (`odds`) with the filter, PRM lr 3e-4",
+        "odds-size+step+keen+x12": "the same, weight 12",
+        "odds-size+step+oracle+x4": "**true step labels** through the same form, with the filter",
+        "rloo+unfiltered": "RLOO, every group",
+        "odds-size+step+keen+x4+unfiltered": "`odds` on every group, PRM lr 3e-4",
+        "odds-size+step+keen+faster+x4+unfiltered": "`odds` on every group, PRM lr 1e-3",
+        "odds-size+step+oracle+x4+unfiltered": "**true step labels** on every group",
+    }
+    reached = [study["arms"][arm]["mean"]["rollouts_to"] for arm in names]
+    levels = "0.8", "0.9", "0.95"
+    rows = [
+        (name, *(whole(rollouts[level]) for level in levels))
+        for name, rollouts in zip(names.values(), reached, strict=True)
+    ]
+    return f"""
+{study["steps"]} steps of one seed: a direction, not a percentage.
+
+{made_by("learning-chain6-one-seed.json")}
+
+{table(("arm", *(f"rollouts to {level}" for level in levels)), rows)}"""
+
+
+def addition() -> str:
+    """Long addition."""
+    study = load("learning-addition.json")
+    odds = study["arms"]["odds-size+step+keen+faster+x4+unfiltered"]
+    level, higher = "0.9", "0.95"
+    late = odds["against_rloo_unfiltered"]["rollouts_to"][higher]
+    ends = [seed["final_accuracy"] for arm in study["arms"].values() for seed in arm["seeds"].values()]
+    return f"""
+The same arms on another task, {len(odds["seeds"])} seeds: process rewards take {ratio(odds, "against_rloo", level)} of
+RLOO's rollouts to an accuracy of {level}, and {ratio(odds, "against_rloo_unfiltered", level)} of those of RLOO on every
+group. The {late["pairs"]} runs that reach {higher} need {late["ratio"][0]:.2f} times the rollouts of RLOO on every
+group, and all runs end between {min(ends):.2f} and {max(ends):.2f}.
+
+{made_by("learning-addition.json")}"""
+
+
+def published() -> str:
+    """As published."""
+    study = load("learning.json")
+    ends = {arm: f"{study['arms'][arm]['mean']['final_accuracy']:.3f}" for arm in ("prime", "rloo", "frozen")}
+    return f"""
+PRIME as published is behind RLOO on the quickstart's task, {ends["prime"]} to {ends["rloo"]} after {study["steps"]}
+steps ({len(study["arms"]["prime"]["seeds"])} seeds), and with a frozen PRM, which gets over-optimised, far behind:
+{ends["frozen"]}.
+
+{made_by("learning.json")}"""
+
+
+def credit_forms() -> str:
+    """Credit forms."""
+    result = load("credit_forms.json")
+    prms = {
+        "perfect": "a perfect PRM",
+        "noisy": "a noisy one",
+        "one step late": "one step late",
+        "noise": "noise",
+        "noise, trusted": "trusted noise",
+    }
+    names = {
+        "RLOO, shrunk 1.5": "RLOO, baseline shrunk by 1.5",
+        "published": "`published`",
+        "critic": "`critic` (no bias with any PRM)",
+        "critic, shrunk 1.5": "`critic`, shrunk by 1.5",
+        "pav, k 2": "`pav`, weight 2",
+        "lookahead, k 2": "`lookahead`, weight 2",
+        "log-odds, w 1": "`odds`, weight 1",
+        "log-odds, gate size": "`odds`, gate `size`",
+        "td, lambda 0.9": "`td`, lambda 0.9",
+    }
+    rows = [
+        (name, *(f"{result['prms'][prm]['forms'][form]['signal']:.2f}" for prm in prms)) for form, name in names.items()
+    ]
+    return f"""
+Every form against the exact policy gradient of a problem with {result["responses"]} responses: signal of a gradient
+estimate (its part along the exact gradient over its noise), relative to RLOO. "Noise" is a PRM that knows nothing,
+behind its gate; "trusted" without one.
+
+{made_by("credit_forms.json")}
+
+{table(("", *prms.values()), rows)}"""
+
+
+def ahead() -> str:
+    """One step ahead."""
+    result = load("ahead.json")
+    arms, runs = result["arms"], result["hardware"]["runs_at_a_time"]
+
+    def told(arm: str) -> str:
+        ends = ", ".join(f"{seed['final_accuracy']:.3f}" for seed in arms[arm]["seeds"].values())
+        return f"{ends}, the mean over the run {arms[arm]['mean']['mean_accuracy']:.3f}"
+
+    seconds = {arm: f"{arms[arm]['mean']['seconds_per_step']['whole']:.1f} s" for arm in arms}
+    return f"""
+vLLM, {runs} runs at a time on {result["hardware"]["cores"]} cores. With `rollout.ahead: 1` the final accuracy of the
+seeds is {told("ahead")}; without it {told("vllm")}. A step takes {seconds["ahead"]} instead of {seconds["vllm"]}.
+
+{made_by("ahead.json")}"""
+
+
+def step_labels() -> str:
+    """Steps that no label named."""
+    seeds = load("credit.json").values()
+
+    def auc(policy: str, prm: str) -> str:
+        return ", ".join(f"{seed[policy][prm]:.2f}" for seed in seeds)
+
+    rows = [(policy, auc(policy, "online"), auc(policy, "frozen")) for policy in ("SFT policy", "trained policy")]
+    wrong = [seed["trained policy"]["wrong_steps"] for seed in seeds]
+    return f"""
+No PRM ever saw a step label, yet the log-ratio at a step's result digit tells right from wrong steps. AUC on fresh
+responses, a figure a seed:
+
+{table(("responses of", "online PRM", "frozen PRM"), rows)}
+
+Of the trained policy's steps {min(wrong):.0%} to {max(wrong):.0%} are still wrong. Made by
+`python -m benchmarks.credit`: {link("credit.json")}."""
+
+
+def best_of() -> str:
+    """Best of n."""
+    runs = {name: [load(f"bestofn/{name}-{seed}.json")["eval"] for seed in range(3)] for name in ("sft", "prime")}
+    count = max(map(int, runs["sft"][0]["pass"]))
+
+    def shares(name: str, judge: str) -> str:
+        return ", ".join(f"{100 * run['best_of'][judge][str(count)][0]:.1f}" for run in runs[name])
+
+    policies = {"sft": "the SFT policy", "prime": "the trained policy"}
+    rows = [(policies[name], *(shares(name, judge) for judge in ("prm", "majority", "random"))) for name in policies]
+    return f"""
+Share of right answers in percent, one figure a seed, of the one picked from {count} answers to each of
+{runs["sft"][0]["problems"]} held-out problems.
+
+{table(("answers of", "picked by the online PRM", "majority vote", "chance"), rows)}
+
+Of the trained policy's answers, nearly all right, the PRM picks worse than the majority. Made by
+`prime-fast eval SFT --data HELD_OUT --samples 8 --prm RUN --reference SFT`:
+[bestofn/](../benchmarks/results/cpu/bestofn)."""
