@@ -176,7 +176,8 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
         os.dup2(null, 1)
         os.dup2(null, 2)
         os.closerange(3, 1 << 20)
-        os.execve(command[0], command, ENVIRONMENT)  # which also drops the capabilities in the namespace
+        environment = ENVIRONMENT | dict.fromkeys(("HOME", "TMPDIR"), _scratch())
+        os.execve(command[0], command, environment)  # which also drops the capabilities in the namespace
     except BaseException as error:
         body = json.dumps({"refused": str(error)}).encode()
         os.write(channel, HEADER.pack(len(body)) + body)
@@ -184,13 +185,13 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
 
 
 def _build_root(sources: dict[str, int]) -> None:
-    """A root of its own: `sources` (path -> O_PATH descriptor) read-only at their paths, and a small /tmp."""
-    new = "/tmp"
+    """A root of its own: `sources` (path -> O_PATH descriptor) read-only at their paths, and a small `_scratch`."""
+    new, scratch = "/tmp", _scratch()
     _mount(None, "/", MS_REC | MS_PRIVATE)
     _mount("tmpfs", new, MS_NOSUID | MS_NODEV, f"size=1m,nr_inodes={TMP_FILES},mode=755")
-    os.makedirs(f"{new}/tmp")
+    os.makedirs(f"{new}{scratch}")
     options = f"size={TMP_BYTES},nr_inodes={TMP_FILES},mode=1777"
-    _mount("tmpfs", f"{new}/tmp", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    _mount("tmpfs", f"{new}{scratch}", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     for path, fd in sources.items():
         here = f"/proc/self/fd/{fd}"
         target = Path(new + path)
@@ -204,17 +205,17 @@ def _build_root(sources: dict[str, int]) -> None:
             target.touch()
         _mount(here, str(target), MS_BIND | MS_REC)
     os.makedirs(f"{new}/dev/shm")
-    _mount(f"{new}/tmp", f"{new}/dev/shm", MS_BIND)
+    _mount(f"{new}{scratch}", f"{new}/dev/shm", MS_BIND)
     with open("/proc/self/mountinfo") as file:
         points = [re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4]) for line in file]
     for point in filter(os.path.lexists, points):  # but for what our /tmp hides of the machine's
-        if point == new or (point.startswith(f"{new}/") and point not in (f"{new}/tmp", f"{new}/dev/shm")):
+        if point == new or (point.startswith(f"{new}/") and point not in (f"{new}{scratch}", f"{new}/dev/shm")):
             kept = os.statvfs(point).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)  # may be locked, and must not be lost
             _mount(None, point, MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
     os.chdir(new)
     _check("pivot_root", libc.syscall(SYS_PIVOT_ROOT[platform.machine()], b".", b"."))
     _check("umount of the old root", libc.umount2(b".", MNT_DETACH))
-    os.chdir("/tmp")
+    os.chdir(scratch)
 
 
 def _link(fd: int) -> str | None:
@@ -242,6 +243,11 @@ def _visible() -> list[str]:
     places = [*SYSTEM, sys.base_prefix, *packages()]
     covered = lambda path, others: any(Path(path).is_relative_to(other) for other in others)  # noqa: E731
     return [path for i, path in enumerate(places) if os.path.lexists(path) and not covered(path, places[:i])]
+
+
+def _scratch() -> str:
+    """Where programs may write, and what is emptied between their tests: not where Python itself lies."""
+    return "/scratch" if any(Path(path).is_relative_to("/tmp") for path in _visible()) else "/tmp"
 
 
 def _detached(enter: Callable[[int], None]) -> dict:

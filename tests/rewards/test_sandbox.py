@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+import venv
 from contextlib import suppress
 from pathlib import Path
 
@@ -119,9 +121,22 @@ def test_only_python_and_the_system_can_be_seen():
         "/root/.bashrc",
         __file__,
     ]
-    truth = {"inputs": [[places]], "outputs": [[1000, 5, True, True, False]], "fn_name": "seen"}
+    truth = {"inputs": [[places]], "outputs": [[1000, 6, True, True, False]], "fn_name": "seen"}
     row = {"reward_model": {"ground_truth": truth}}
     assert score([textwrap.dedent(program)], [row], reward="code", workers=1) == [1.0]
+
+
+def test_python_may_lie_where_programs_write():
+    """In /tmp, as a throw-away environment does: its files are no leftovers of a test."""
+    program = "```python\nimport os\nprint(int(input()) + len(os.listdir('.')))\nopen('left', 'w').close()\n```"
+    code = "import sys, sysconfig; from prime_fast.rewards import code; print(sysconfig.get_path('purelib'), "
+    code += "code.grade(sys.argv[1], {'inputs': ['1', '2'], 'outputs': ['1', '2']}, seconds=10, sandbox='namespaces'))"
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, symlinks=True, with_pip=False)
+        here = os.pathsep.join(path for path in sys.path if path)
+        command = [f"{folder}/bin/python", "-c", code, program]
+        result = processes.run(command, env=processes.environment(PYTHONPATH=here))
+        assert result.stdout.split()[0].startswith(folder) and result.stdout.split()[1] == "1.0", result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
