@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -167,7 +167,8 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
             os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
             os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
             libc.prctl(PR_SET_DUMPABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))  # to keep /proc/self
-        _build_root(sources)
+        scratch = _scratch(sources)
+        _build_root(sources, scratch)
         os.setsid()
         for option, value in ((PR_SET_PDEATHSIG, signal.SIGKILL), (PR_SET_NO_NEW_PRIVS, 1)):
             _check("prctl", libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))))
@@ -176,7 +177,7 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
         os.dup2(null, 1)
         os.dup2(null, 2)
         os.closerange(3, 1 << 20)
-        environment = ENVIRONMENT | dict.fromkeys(("HOME", "TMPDIR"), _scratch())
+        environment = ENVIRONMENT | dict.fromkeys(("HOME", "TMPDIR"), scratch)
         os.execve(command[0], command, environment)  # which also drops the capabilities in the namespace
     except BaseException as error:
         body = json.dumps({"refused": str(error)}).encode()
@@ -184,9 +185,9 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
     os._exit(1)
 
 
-def _build_root(sources: dict[str, int]) -> None:
-    """A root of its own: `sources` (path -> O_PATH descriptor) read-only at their paths, and a small `_scratch`."""
-    new, scratch = "/tmp", _scratch()
+def _build_root(sources: dict[str, int], scratch: str) -> None:
+    """A root of its own: `sources` (path -> O_PATH descriptor) read-only at their paths, and a small `scratch`."""
+    new = "/tmp"
     _mount(None, "/", MS_REC | MS_PRIVATE)
     _mount("tmpfs", new, MS_NOSUID | MS_NODEV, f"size=1m,nr_inodes={TMP_FILES},mode=755")
     os.makedirs(f"{new}{scratch}")
@@ -245,9 +246,9 @@ def _visible() -> list[str]:
     return [path for i, path in enumerate(places) if os.path.lexists(path) and not covered(path, places[:i])]
 
 
-def _scratch() -> str:
+def _scratch(visible: Iterable[str]) -> str:
     """Where programs may write, and what is emptied between their tests: not where Python itself lies."""
-    return "/scratch" if any(Path(path).is_relative_to("/tmp") for path in _visible()) else "/tmp"
+    return "/scratch" if any(Path(path).is_relative_to("/tmp") for path in visible) else "/tmp"
 
 
 def _detached(enter: Callable[[int], None]) -> dict:
