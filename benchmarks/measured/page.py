@@ -13,7 +13,7 @@ SECTIONS = (
     *(learning.learning, learning.one_seed, learning.addition, learning.published, learning.credit_forms),
     *(learning.ahead, learning.step_labels, learning.best_of),
     *(speed.lm_head, speed.advantages, speed.whole_steps, speed.overlap, speed.rollouts, speed.collection),
-    *(speed.checkpoints, trust.rewards, trust.watchers, trust.chaos, trust.intervals, trust.gpu),
+    *(speed.checkpoints, trust.rewards, trust.watchers, trust.chaos, trust.soak, trust.intervals, trust.gpu),
 )
 
 

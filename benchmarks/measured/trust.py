@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.measured.words import link, load
+from benchmarks.measured.words import link, load, table
+from benchmarks.soak import GROWTH, SPAN
 from prime_fast.watch import WINDOW
 
 
@@ -64,6 +65,24 @@ checkpoint truncated, flipped or missing. Then the same command line is given ag
 {sum(run["same_bits"] is True for run in embedded)} of {len(embedded)} with the embedded engine end in the bits of the
 undisturbed run, {sum(run["fine"] for run in vllm)} of {len(vllm)} with vLLM in whole and finite metrics. Made by
 `python -m benchmarks.chaos`: {link("chaos.json")}."""
+
+
+def soak() -> str:
+    """Soak."""
+    runs, rows = load("soak.json")["runs"], []
+    for engine, run in runs.items():
+        for name, trend in run["trends"].items():
+            mean, growth = f"{trend['mean']:.4g}", f"{trend['growth']:+.2%} (to {trend['growth_high']:+.2%})"
+            rows.append([engine, name, mean, growth, "yes" if trend["flat"] else "no"])
+    steps = {run["steps"] for run in runs.values()}
+    head = ("engine", "of the run", "mean (MiB, s)", f"growth in {SPAN:,} steps (upper end)", "flat")
+    return f"""
+{", ".join(f"{count:,}" for count in steps)} tiny steps of the real trainer with each engine, with programs in the
+sandbox, rewards that hang, evaluations and checkpoints, beside other programs on the same cores; the slope after a
+warm-up, by Theil and Sen, with its interval. Flat: the interval reaches down to zero, or its upper end is below
+{GROWTH:.0%} of the mean. Made by `python -m benchmarks.soak`: {link("soak.json")}.
+
+{table(head, rows)}"""
 
 
 def intervals() -> str:
