@@ -1,4 +1,4 @@
-"""What a run writes down: seconds and memory per phase, metrics.jsonl, samples.jsonl, tokens.jsonl and one progress line
+"""What a run writes down: seconds and memory per phase, metrics.jsonl, samples.jsonl, tokens.jsonl, one progress line
 a step."""
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class MetricsLog:
     """Appends one record a step to run_dir/metrics.jsonl; only rank 0 may hold one.
 
     `resume_step=k` keeps the records of steps <= k, in samples.jsonl and tokens.jsonl too, so that a step run again
-    appears once; `resume_step=None` starts all three anew. `tensorboard=True` also writes every number to run_dir/tensorboard.
+    appears once; `resume_step=None` starts all three anew. `tensorboard=True` also writes every number to
+    run_dir/tensorboard.
     """
 
     def __init__(

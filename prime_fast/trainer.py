@@ -170,7 +170,8 @@ class Trainer:
         """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so.
 
         stream: has been given the groups of the batch. Without one, and while the PRM warms up, the policy stays as it
-        is; the credit is calibrated all the same. others: groups that the PRM alone trains on. groups: those of the batch, for tokens.jsonl.
+        is; the credit is calibrated all the same. others: groups that the PRM alone trains on. groups: those of the
+        batch, of which tokens.jsonl gets a few.
         """
         config, phases, warmup = self.config, self.phases, self.config.prm.warmup_steps
         scored = stream.finish(others)

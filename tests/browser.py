@@ -1,4 +1,4 @@
-"""A headless Chromium that tests look through: the DevTools protocol over two pipes, with nothing but the standard library."""
+"""A headless Chromium that tests look through: the DevTools protocol over two pipes, by the standard library alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 60  # for any one answer
-FLAGS = (
-    "--headless=new --no-sandbox --remote-debugging-pipe --disable-gpu --disable-dev-shm-usage --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync --disable-extensions --mute-audio "
-    "--no-default-browser-check --force-color-profile=srgb --hide-scrollbars --disable-features=Translate"
-).split()
+FLAGS = """--headless=new --no-sandbox --remote-debugging-pipe --disable-gpu --disable-dev-shm-usage --no-first-run
+    --disable-background-networking --disable-component-update --disable-sync --disable-extensions --mute-audio
+    --no-default-browser-check --force-color-profile=srgb --hide-scrollbars --disable-features=Translate"""
 
 
 def path() -> str | None:
@@ -35,8 +33,9 @@ class Browser:
         (there, self.out), (self.into, back) = os.pipe(), os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (there, back)]  # clear of 3 and 4, where it looks
         actions = [(os.POSIX_SPAWN_DUP2, ends[0], 3), (os.POSIX_SPAWN_DUP2, ends[1], 4)]
-        actions += [(os.POSIX_SPAWN_OPEN, n, str(folder / "browser.log"), os.O_WRONLY | os.O_CREAT, 0o600) for n in (1, 2)]
-        command = [path(), *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}", "about:blank"]
+        log, flags = str(folder / "browser.log"), os.O_WRONLY | os.O_CREAT
+        actions += [(os.POSIX_SPAWN_OPEN, number, log, flags, 0o600) for number in (1, 2)]
+        command = [path(), *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", "about:blank"]
         environment = os.environ | {"HOME": str(folder)}
         self.process = os.posix_spawn(command[0], command, environment, file_actions=actions, setsid=True)
         for end in (there, back, *ends):

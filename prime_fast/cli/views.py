@@ -17,11 +17,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     report.add_argument("--out", help="path of the picture (default: report/curves.png in the first run)")
     report.set_defaults(run=_report)
 
-    show = commands.add_parser("show", help="responses coloured by token reward: one HTML page, or one of them as a PNG")
+    show = commands.add_parser("show", help="responses coloured by token reward: an HTML page, or one of them as a PNG")
     show.add_argument("source", metavar="RUN|FILE", help="run_dir, or JSON lines of responses with a number a token")
     show.add_argument("--step", type=int, metavar="N", help="of the training, this one alone")
     show.add_argument("--row", type=int, metavar="I", help="of the data, the responses to this one alone")
-    show.add_argument("--out", metavar="FILE", help="of the page (default: report/show.html in the run, or beside FILE)")
+    show.add_argument("--out", metavar="FILE", help="the page (default: report/show.html in the run, or beside FILE)")
     show.add_argument("--png", metavar="FILE", help="draw one response into this picture instead, as for a paper")
     show.add_argument("--response", type=count, metavar="K", help="of the newest group, for --png (default: 1)")
     show.set_defaults(run=_show)

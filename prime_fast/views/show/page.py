@@ -53,7 +53,7 @@ def show(source: str, out: str | None = None, step: int | None = None, row: int 
 
 
 def choose(file: Path, step: int | None, row: int | None, limit: int = PAGE_BYTES) -> Choice:
-    """The groups of this step and row. Of more than fits in, every second, third, ... step, always with the last one."""
+    """The groups of this step and row. Of more than fits in, every second, third, ... step, and the last."""
     lines = list(_lines(file))
     if not lines:
         raise ValueError(f"{file} holds no response yet")

@@ -1,4 +1,4 @@
-"""One response with a number for each of its tokens: a line of RUN/tokens.jsonl, and of any file `prime-fast show` reads.
+"""One response with numbers for its tokens: a line of RUN/tokens.jsonl, and of any file that `prime-fast show` reads.
 
     pieces     [str]           the text of each token; joined they are the response, special tokens included
     reward     [float]         of each token: beta * (log PRM - log reference)
@@ -155,5 +155,7 @@ def tokens_file(source: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"{source} is no run_dir and no file; give the run_dir of a run, or JSON lines of responses")
     if not (path / TOKENS).is_file():
-        raise ValueError(f"{source} holds no {TOKENS}; give the run_dir of a run that has trained on at least one group")
+        raise ValueError(
+            f"{source} holds no {TOKENS}; give the run_dir of a run that has trained on at least one group"
+        )
     return path / TOKENS
