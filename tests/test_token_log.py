@@ -46,7 +46,9 @@ def test_the_sums_are_those_of_the_metrics(configure, other_prm, device):
         assert [len(set(response["advantage"][a:b])) for a, b in response["steps"]] == [1] * len(ends)
         assert all(0 < value < 1 for value in response["value"])
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    found = {(response["row"], "".join(response["pieces"]), response["prompt"], response["outcome"]) for response in kept}
+    found = {
+        (response["row"], "".join(response["pieces"]), response["prompt"], response["outcome"]) for response in kept
+    }
     assert {(s["row"], s["response"], s["prompt"], s["outcome"]) for s in samples if s["step"] == 2} <= found
 
 
@@ -68,7 +70,9 @@ def test_one_group_by_chance_and_the_one_that_differs_most():
     assert [g.id for g in token_log.seen(groups[:1])] == [0]
 
 
-@pytest.mark.parametrize(("room", "lengths"), [(1, [5]), (9, [5, 3]), (11, [5, 5]), (13, [5, 5, 3]), (99, [5, 5, 3, 3])])
+@pytest.mark.parametrize(
+    ("room", "lengths"), [(1, [5]), (9, [5, 3]), (11, [5, 5]), (13, [5, 5, 3]), (99, [5, 5, 3, 3])]
+)
 def test_long_responses_are_left_out_whole(room, lengths, monkeypatch):
     """All but one, and the rows of the batch are not those of the groups that are kept."""
     monkeypatch.setattr(token_log, "TOKENS", room)
