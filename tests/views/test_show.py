@@ -208,11 +208,7 @@ def test_lines_of_a_picture():
         (3, 0, "你" * 14, 28, 3),
         (3, 28, "e", 1, 4),
     ]
-    assert (
-        steps_of({"pieces": ["a", "b\n", "c"]})
-        == [[0, 2], [2, 3]]
-       
-    )
+    assert steps_of({"pieces": ["a", "b\n", "c"]}) == [[0, 2], [2, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +244,8 @@ def test_a_browser_draws_colours_and_numbers(chromium, tmp_path):
         "✗ 0\ntokens 4\nreward −0.18\nadvantage −0.5",
     ]
     assert chromium.run("[...document.querySelectorAll('article:first-child s')].map(s => s.textContent)") == [
-        "+0.30",
-        "−0.20",
+        "+0.300",
+        "−0.200",
     ]
     color = "getComputedStyle(document.querySelector('article .row:nth-child({}) .t:nth-child({})')).backgroundColor"
     colors = [chromium.run(color.format(row, place)) for row, place in ((1, 1), (1, 2), (2, 1))]
@@ -311,6 +307,18 @@ def test_a_browser_runs_nothing_that_a_model_wrote(chromium, tmp_path):
     )
     assert chromium.run("document.scripts.length") == 2 and not chromium.run("'hacked' in window")
     assert not chromium.errors
+
+
+def test_a_browser_draws_what_little_there_is(chromium, tmp_path):
+    bare = {"pieces": ["a", "b"], "group": 1}
+    drawn(chromium, tmp_path, bare, bare | {"advantage": [1, -1]})
+    numbers = "[...document.querySelectorAll('article s')].map(s => s.textContent)"
+    assert chromium.run(numbers) == ["", "0.00"] and chromium.run("document.querySelectorAll('svg').length") == 0
+    drawn(chromium, tmp_path, {"response": "all of it"})
+    assert chromium.run("document.querySelector('#modes').children.length") == 0
+    chromium.press("1", "ArrowRight", "j", ".")
+    chromium.move("article .t")
+    assert chromium.run("document.querySelector('#tip').innerText").startswith("all of it") and not chromium.errors
 
 
 def test_a_browser_draws_64k_tokens(chromium, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prime_fast.views.show import record as records
-from prime_fast.views.show.record import ABOUT, PER_TOKEN, parsed, steps_of, tokens_file, visible
+from prime_fast.views.show.record import PER_TOKEN, parsed, steps_of, tokens_file, visible
 
 PAGE_BYTES = 32 << 20  # of the records that a page is made of
 NAMED = 12  # steps or rows that a message lists
@@ -125,12 +125,10 @@ def _lines(file: Path) -> Iterator[Line]:
                     raise
                 return
             if found:
-                about = {name: found.get(name) for name in ABOUT}
-                row, step = about["row"], about["step"]
-                group = (step, "group", about["group"]) if about["group"] is not None else (step, "row", row)
-                if about["group"] is row is None:
-                    group = (step, "line", number)
-                yield Line(start, len(text), number, step, number - 1 if row is None else row, group)
+                step, *together = map(found.get, ("step", "group", "row"))
+                together = next((pair for pair in enumerate(together) if pair[1] is not None), (2, number))
+                row = number - 1 if found.get("row") is None else found["row"]
+                yield Line(start, len(text), number, step, row, (step, *together))
             start += len(text)
 
 
@@ -148,7 +146,8 @@ def _only(lines: list[Line], name: str, wanted: int, nothing: str) -> list[Line]
 
 def _note(groups: list[list[dict]], kept: int, there: int, by_step: bool) -> str:
     responses, unit = sum(map(len, groups)), "step" if by_step else "group"
-    words = f"{responses:,} responses in {len(groups):,} groups" if len(groups) > 1 else f"{responses:,} responses"
+    words = f"{responses:,} response{'s' * (responses != 1)}"
+    words += f" in {len(groups):,} groups" if len(groups) > 1 else ""
     if kept < there:
         return f"{words}: {kept:,} of {there:,} {unit}s fit in, evenly spread"
     return f"{words}, {there:,} steps" if by_step else words
