@@ -18,22 +18,24 @@ from prime_fast.views.show.record import parsed
 ALL = ["rollout.prompts=2", "rollout.keep=[0, 1]", "rollout.max_rounds=1"]  # two groups a step, so that both are kept
 
 
-def step(config, device) -> tuple[dict, list[dict], Path]:
-    """The metrics of the second step, and what was kept of it."""
+def step(config, device, slope: float = 0.0) -> tuple[dict, list[dict], Path]:
+    """The metrics of the second step, and what was kept of it. slope: of the PRM's calibration as it begins."""
     Path(config.run_dir).mkdir()
     trainer = Trainer(config, device, preflight.load_inputs(config))
     trainer.step(1)
+    trainer.credit.fit = Fit(slope=slope, mean=0.4)
     record = trainer.step(2)
     trainer.close()
     lines = Path(config.run_dir, "tokens.jsonl").read_text().splitlines()
     found = [parsed(line, "line") for line in lines]
     assert [kept["step"] for kept in found] == [1] * 8 + [2] * 8
+    assert all(len(set(kept.get("value", [0]))) == 1 for kept in found[:8])  # nothing was known of the PRM yet
     return record, found[8:], Path(config.run_dir)
 
 
 def test_the_sums_are_those_of_the_metrics(configure, other_prm, device):
     settings = ["prime.credit=pav", "prime.gate=none", "prime.segment=step", "prime.separators='[0-4]'"]
-    record, kept, run_dir = step(configure(*ALL, *settings, other_prm), device)
+    record, kept, run_dir = step(configure(*ALL, *settings, other_prm), device, slope=3.0)
     rewards = [reward for response in kept for reward in response["reward"]]
     assert sum(rewards) / len(rewards) == pytest.approx(record["process_reward_mean"], abs=1e-5) and any(rewards)
     right = [(sum(response["reward"]) > 0) == (response["outcome"] > 0.5) for response in kept]
@@ -44,7 +46,10 @@ def test_the_sums_are_those_of_the_metrics(configure, other_prm, device):
         ends = [end for _, end in response["steps"]]
         assert all(any(digit in response["pieces"][end - 1] for digit in "01234") for end in ends[:-1])
         assert [len(set(response["advantage"][a:b])) for a, b in response["steps"]] == [1] * len(ends)
-        assert all(0 < value < 1 for value in response["value"])
+        others = [other["outcome"] for other in kept if other["group"] == response["group"] and other is not response]
+        before = torch.tensor((sum(others) + 0.4) / (len(others) + 1))  # a pseudo-response of the mean outcome
+        after = torch.sigmoid(before.logit() + 3 * sum(response["reward"])).item()
+        assert response["value"][-1] == pytest.approx(after, abs=1e-3)
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     found = {
         (response["row"], "".join(response["pieces"]), response["prompt"], response["outcome"]) for response in kept
