@@ -87,7 +87,8 @@ class Credit:
     def value(self, batch: Batch, log_ratio: Tensor, fit: Fit) -> Tensor:
         """(T,) float64: the chance of success after each token, which is V of the last step that it ends or follows.
 
-        As `fit` calibrates it, whether the form of credit uses it or not; log_ratio (T,) float, on the CPU.
+        As `fit` calibrates it, whether the form of credit uses it or not; log_ratio (T,) float, on the CPU. NaN where
+        outcomes are not in 0..1, for then there is no such chance.
         """
         step, cu_seqlens = self.steps(batch), batch.cu_seqlens.long()
         totals, steps = calibration.step_totals(self.config.beta * log_ratio.double(), cu_seqlens, step)

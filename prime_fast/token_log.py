@@ -40,7 +40,10 @@ def records(
     numbers = {"advantage": advantage[where.to(advantage.device)].cpu()}
     if log_ratio is not None:
         ratio = log_ratio[where.to(log_ratio.device)].cpu()
-        numbers |= {"reward": credit.config.beta * ratio, "value": credit.value(here, ratio, fit)}
+        numbers["reward"] = credit.config.beta * ratio
+        value = credit.value(here, ratio, fit)
+        if torch.isfinite(value).all():
+            numbers["value"] = value
     number = credit.steps(here)
     result, left = [], TOKENS
     for group, k, start, end in _rows(kept, here):

@@ -75,6 +75,15 @@ def test_one_group_by_chance_and_the_one_that_differs_most():
     assert [g.id for g in token_log.seen(groups[:1])] == [0]
 
 
+def test_outcomes_that_are_no_chances_have_no_value():
+    groups = [group(0, [2, -1, 5])]
+    batch, numbers = Batch.of(groups), torch.ones(9)
+    tokenizer = SimpleNamespace(decode=lambda tokens: "x" * len(tokens))
+    kept = token_log.records(1, groups, batch, numbers, numbers, Credit(PrimeConfig(), None), Fit(), tokenizer)
+    assert [response["reward"] for response in kept] == 3 * [[0.05] * 3]
+    assert not any("value" in response for response in kept)
+
+
 @pytest.mark.parametrize(
     ("room", "lengths"), [(1, [5]), (9, [5, 3]), (11, [5, 5]), (13, [5, 5, 3]), (99, [5, 5, 3, 3])]
 )
