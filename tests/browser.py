@@ -33,8 +33,8 @@ class Browser:
         (there, self.out), (self.into, back) = os.pipe(), os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (there, back)]  # clear of 3 and 4, where it looks
         actions = [(os.POSIX_SPAWN_DUP2, ends[0], 3), (os.POSIX_SPAWN_DUP2, ends[1], 4)]
-        log, flags = str(folder / "browser.log"), os.O_WRONLY | os.O_CREAT
-        actions += [(os.POSIX_SPAWN_OPEN, number, log, flags, 0o600) for number in (1, 2)]
+        self.log, flags = folder / "browser.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        actions += [(os.POSIX_SPAWN_OPEN, number, str(self.log), flags, 0o600) for number in (1, 2)]
         command = [path(), *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", "about:blank"]
         environment = os.environ | {"HOME": str(folder)}
         self.process = os.posix_spawn(command[0], command, environment, file_actions=actions, setsid=True)
@@ -66,9 +66,11 @@ class Browser:
     def _next(self, deadline: float, method: str) -> dict:
         while b"\0" not in self.rest:
             ready, _, _ = select.select([self.into], [], [], max(0.0, deadline - time.monotonic()))
-            part = os.read(self.into, 1 << 20) if ready else b""
-            if not part:
+            if not ready:
                 raise TimeoutError(f"the browser does not answer to {method}")
+            part = os.read(self.into, 1 << 20)
+            if not part:
+                raise EOFError(f"the browser has ended: {self.log.read_text(errors='replace')[-500:]}")
             self.rest += part
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
