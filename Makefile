@@ -54,6 +54,7 @@ quickstart: $(READY)
 	$(CLI) sft configs/quickstart.yaml run_dir=$(RUN)/sft model.policy=$(RUN)/data/model sft.data=$(RUN)/data/sft.jsonl
 	$(CLI) train configs/quickstart.yaml run_dir=$(RUN)/train model.policy=$(RUN)/sft/model \
 		data.train=$(RUN)/data/train.jsonl data.eval=$(RUN)/data/eval.jsonl rollout.engine=$(ENGINE)
+	$(CLI) show $(RUN)/train
 
 # A worker keeps to neighbouring files, whose tests share fixtures, until it takes from another one. Three fill two cores,
 # for many tests wait. Bytecode is written whatever the shell's environment says: a hundred processes import the same.

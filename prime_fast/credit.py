@@ -15,7 +15,7 @@ from prime_fast import calibration, prime
 from prime_fast.calibration import Fit, Prefixes
 from prime_fast.config import PrimeConfig
 from prime_fast.engine.batch import Batch
-from prime_kernels.reference_credit import others_mean
+from prime_kernels.reference_credit import others_mean, step_ends
 
 WINDOW = 4  # steps whose rollouts calibrate the next one
 SHARES = (0.25, 0.5, 0.75)  # of a response, at which the PRM's explained variance is measured
@@ -42,12 +42,12 @@ class Credit:
         The PRM's scores are from before its update on the same rows, and its calibration is that of earlier steps:
         nothing that a row's outcome has moved enters its own process reward.
         """
-        step = None if self.separators is None else step_numbers(batch, self.separators)
+        step = self.steps(batch)
         p, (slope, trust) = self.config, trusted(self.fit, self.config.gate, self.config.credit)
         cu_seqlens = batch.cu_seqlens.to(device)
         prm, ref, form = prm_logprob, ref_logprob, {"estimator": p.estimator, "form": p.form, "normalize": p.normalize}
         if p.credit != "published":
-            form = {"credit": p.credit, "shrink": p.shrink, "prior": self._prior(), "slope": slope}
+            form = {"credit": p.credit, "shrink": p.shrink, "prior": _prior(self.fit), "slope": slope}
             form |= {"drift": self.fit.drift, "step": None if step is None else step.to(device)}
         elif prm is not None and p.granularity == "whole":
             prm = prime.on_last_token(prm - ref, cu_seqlens)
@@ -80,6 +80,27 @@ class Credit:
             self._learn(batch, torch.zeros(int(batch.cu_seqlens[-1])), step)
         return result.advantage, record
 
+    def steps(self, batch: Batch) -> Tensor | None:
+        """(T,) int32: the number of each token's step in its response; None where every token is a step."""
+        return None if self.separators is None else step_numbers(batch, self.separators)
+
+    def value(self, batch: Batch, log_ratio: Tensor, fit: Fit) -> Tensor:
+        """(T,) float64: the chance of success after each token, which is V of the last step that it ends or follows.
+
+        As `fit` calibrates it, whether the form of credit uses it or not; log_ratio (T,) float, on the CPU. NaN where
+        outcomes are not in 0..1, for then there is no such chance.
+        """
+        step, cu_seqlens = self.steps(batch), batch.cu_seqlens.long()
+        totals, steps = calibration.step_totals(self.config.beta * log_ratio.double(), cu_seqlens, step)
+        shrink, (slope, _) = max(1.0, self.config.shrink), trusted(fit, self.config.gate, self.config.credit)
+        others = others_mean(batch.outcome.double(), batch.group, shrink, _prior(fit))
+        row = torch.repeat_interleave(steps.diff())
+        number = torch.arange(len(totals)) - steps[row] + 1.0
+        after = calibration.value(totals, number, others[row], fit._replace(slope=slope))
+        ended = step_ends(step, cu_seqlens, len(log_ratio))[0].cumsum(0)  # steps, in all rows up to the token
+        row = torch.repeat_interleave(cu_seqlens.diff())
+        return torch.where(ended > steps[row], after[(ended - 1).clamp(min=0)], others[row])
+
     def state_dict(self) -> dict[str, Any]:
         return {"window": [prefixes._asdict() for prefixes in self.window]}
 
@@ -89,7 +110,7 @@ class Credit:
 
     def _learn(self, batch: Batch, log_ratio: Tensor, step: Tensor | None) -> dict[str, Any]:
         """How good the PRM was on this step by the calibration of those before; then add the step to them."""
-        outcome, prior = batch.outcome.double(), self._prior()
+        outcome, prior = batch.outcome.double(), _prior(self.fit)
         baseline = others_mean(outcome, batch.group, self.config.shrink, prior)
         others = others_mean(outcome, batch.group, max(1.0, self.config.shrink), prior)
         cu_seqlens, beta = batch.cu_seqlens.long(), self.config.beta
@@ -112,8 +133,9 @@ class Credit:
         self.fit = calibration.fit(self.window)
         return record
 
-    def _prior(self) -> float:
-        return min(1 - LIKELY, max(LIKELY, self.fit.mean))
+
+def _prior(fit: Fit) -> float:
+    return min(1 - LIKELY, max(LIKELY, fit.mean))
 
 
 def trusted(fit: Fit, gate: str, credit: str) -> tuple[float, float]:

@@ -36,12 +36,13 @@ def write(path: Path, blocks: Iterable[bytes | memoryview]) -> Written:
     return Written(size, digest.hexdigest())
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str | Iterable[bytes]) -> None:
     """Put a text file in the place of what is there, in one move."""
+    blocks = [text.encode()] if isinstance(text, str) else text
     beside = path.with_name(f".{path.name}.new")
     with naming(path):
         try:
-            write(beside, [text.encode()])
+            write(beside, blocks)
             sync(beside)
         except OSError:
             beside.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""What a run writes down: seconds and memory per phase, metrics.jsonl, samples.jsonl and one progress line a step."""
+"""What a run writes down: seconds and memory per phase, metrics.jsonl, samples.jsonl, tokens.jsonl, one progress line
+a step."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import torch
 from prime_fast import durable
 from prime_fast.progress import duration, thousands
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, TOKENS = "metrics.jsonl", "samples.jsonl", "tokens.jsonl"
 GIB = 1 << 30
 ETA_WINDOW = 20  # steps whose mean duration predicts the rest
 
@@ -104,8 +105,9 @@ _memory = _Memory()
 class MetricsLog:
     """Appends one record a step to run_dir/metrics.jsonl; only rank 0 may hold one.
 
-    `resume_step=k` keeps the records of steps <= k, in samples.jsonl too, so that a step run again appears once;
-    `resume_step=None` starts both files anew. `tensorboard=True` also writes every number to run_dir/tensorboard.
+    `resume_step=k` keeps the records of steps <= k, in samples.jsonl and tokens.jsonl too, so that a step run again
+    appears once; `resume_step=None` starts all three anew. `tensorboard=True` also writes every number to
+    run_dir/tensorboard.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class MetricsLog:
         self.path = Path(run_dir) / METRICS
         self.total_steps = total_steps
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, self.path.with_name(SAMPLES)):
+        for path in (self.path.with_name(name) for name in (METRICS, SAMPLES, TOKENS)):
             if resume_step is None:
                 path.unlink(missing_ok=True)
             elif path.is_file():
@@ -192,6 +194,11 @@ def write_samples(run_dir: str | Path, records: list[dict]) -> None:
     _append(Path(run_dir) / SAMPLES, records)
 
 
+def write_tokens(run_dir: str | Path, records: list[dict]) -> None:
+    """Append records with a "step" (`views.show.record`) to run_dir/tokens.jsonl."""
+    _append(Path(run_dir) / TOKENS, records)
+
+
 def peak_gib() -> float:
     """Highest memory in use in this process so far: GPU memory where there is one, else resident host memory."""
     _memory.take()
@@ -211,19 +218,24 @@ def _lines(records: list[dict]) -> str:
 
 
 def _read(path: Path) -> list[dict]:
-    *lines, _ = path.read_text("utf-8").split("\n")  # a whole record ends its line; only a kill leaves a rest
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}); remove that line") from error
-    return records
+    return [record for _, record in _written(path)]
+
+
+def _written(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Each line of the file and the record in it."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # a whole record ends its line; only a kill leaves a rest
+                return
+            try:
+                yield line, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON ({error}); remove that line") from error
 
 
 def _keep_until(path: Path, step: int) -> None:
     """Replace the file, in one move, by its records of steps <= `step`."""
-    durable.replace(path, _lines([record for record in _read(path) if record["step"] <= step]))
+    durable.replace(path, (line for line, record in _written(path) if record["step"] <= step))
 
 
 def _tensorboard(run_dir: Path, resume_step: int | None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import prime_kernels
-from prime_fast import passes, preflight, prime, profile, step_labels
+from prime_fast import passes, preflight, prime, profile, step_labels, token_log
 from prime_fast.config import Config, OptimizerConfig
 from prime_fast.credit import Credit
 from prime_fast.engine import checkpoint, distributed, interrupt
@@ -22,7 +22,7 @@ from prime_fast.engine.writing import Checkpoints
 from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
 from prime_fast.memory import measured
-from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
+from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples, write_tokens
 from prime_fast.progress import at, progress, say
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import make_engine
@@ -150,7 +150,7 @@ class Trainer:
             self.rollout.sleep()
             self._unpark()
             self.stream = stream or self._given(step, groups)
-            failure = self._update(step, batch, others, self.stream)
+            failure = self._update(step, batch, others, self.stream, groups)
             self.stream = None
             self._park()
         self._count(empty=empty, skip_reason=nothing if empty else failure)
@@ -164,11 +164,14 @@ class Trainer:
             raise distributed.Stop(f"{MAX_FAILED} steps in a row were skipped: {failure}")
         return self.record
 
-    def _update(self, step: int, batch: Batch | None, others: list[Group], stream: Stream) -> str | None:
+    def _update(
+        self, step: int, batch: Batch | None, others: list[Group], stream: Stream, groups: Sequence[Group] = ()
+    ) -> str | None:
         """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so.
 
         stream: has been given the groups of the batch. Without one, and while the PRM warms up, the policy stays as it
-        is; the credit is calibrated all the same. others: groups that the PRM alone trains on.
+        is; the credit is calibrated all the same. others: groups that the PRM alone trains on. groups: those of the
+        batch, of which tokens.jsonl gets a few.
         """
         config, phases, warmup = self.config, self.phases, self.config.prm.warmup_steps
         scored = stream.finish(others)
@@ -185,7 +188,12 @@ class Trainer:
             base = None if prm_logprob is None else ref_logprob[1.0]
             if base is not None and config.prime.rebase:
                 base = batch.engine_logprob.to(self.device)
+            fit = self.credit.fit  # of the steps before
             advantage, told = self.credit.advantage(batch, prm_logprob, base, self.device)
+            if groups and distributed.rank() == 0:
+                ratio = None if prm_logprob is None else prm_logprob - base
+                kept = token_log.records(step, groups, batch, advantage, ratio, self.credit, fit, self.inputs.tokenizer)
+                write_tokens(config.run_dir, kept)
         self.record |= told
         if step <= warmup:
             return _lost({"PRM": scored.updates})

@@ -85,6 +85,20 @@ def other_prm(workspace) -> str:
 
 
 @pytest.fixture(scope="session")
+def byte_tokenizer():
+    """Of bytes: tokens of several characters, and characters of several tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers.decoders import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(["so 12 + 30 = 42, and 42 + 8 = 50", "Ω = 3 → 4 ÷ 2 = 2", "one"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     from prime_fast.engine import zero
 

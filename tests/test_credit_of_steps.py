@@ -102,7 +102,8 @@ def test_shrunk_baselines():
         + 1.5 * 0.5
     ) / 4.5
     torch.testing.assert_close(found, (batch.outcome - others).repeat_interleave(batch.cu_seqlens.diff()))
-    assert record == {} and made._prior() != 0.5 and abs(made._prior() - float(batch.outcome.mean())) < 0.1
+    prior = credit._prior(made.fit)
+    assert record == {} and prior != 0.5 and abs(prior - float(batch.outcome.mean())) < 0.1
 
 
 def test_steps_end_with_a_separator(workspace):
@@ -144,3 +145,26 @@ def test_a_fit_knows_what_it_does_not_know():
     other = Credit(PrimeConfig(credit="odds"), None)
     other.load_state_dict(made.state_dict())
     assert other.fit == made.fit
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_the_value_of_a_prefix_is_that_of_the_steps_before_its_end(by_step):
+    """By hand; nothing of the step that a token stands in, until it ends."""
+    batch = batch_of(3, seed=5)
+    made = Credit(PrimeConfig(credit="pav", gate="none", beta=0.5, shrink=2), None)
+    if by_step:
+        made.separators = torch.zeros(18, dtype=torch.bool)
+        made.separators[:6] = True
+    ratio, fit = torch.randn(len(batch.engine_logprob)), Fit(slope=2.0, drift=0.1, mean=0.6)
+    found = made.value(batch, ratio, fit)
+    for row, (start, end) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)):
+        others = [o for o, g in zip(batch.outcome.tolist(), batch.group.tolist(), strict=True) if g == batch.group[row]]
+        others.remove(batch.outcome[row].item())
+        chance = torch.tensor((sum(others) + 2 * 0.6) / (len(others) + 2)).double()
+        value, total, ended = chance, 0.0, 0
+        for place in range(start, end):
+            total += 0.5 * ratio[place].item()
+            if not by_step or batch.responses[row][place - start] < 6 or place == end - 1:
+                ended += 1
+                value = torch.sigmoid(chance.logit() + 2 * (total - 0.1 * ended))
+            assert found[place] == pytest.approx(value.item(), abs=1e-6)

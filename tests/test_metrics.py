@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from prime_fast.metrics import GIB, MetricsLog, Phases, peak_gib, read_metrics, resident, write_samples
+from prime_fast.metrics import GIB, MetricsLog, Phases, peak_gib, read_metrics, resident, write_samples, write_tokens
 
 
 def filled(run_dir, steps, **options):
@@ -85,14 +85,16 @@ def test_every_record_is_in_the_file_as_soon_as_it_is_written(tmp_path):
 def test_a_fresh_start_drops_the_old_records(tmp_path):
     filled(tmp_path, range(4))
     write_samples(tmp_path, [{"step": 3, "response": "old"}])
+    write_tokens(tmp_path, [{"step": 3, "pieces": ["old"]}])
     filled(tmp_path, [0])
-    assert steps(tmp_path) == [0] and not (tmp_path / "samples.jsonl").exists()
+    assert steps(tmp_path) == [0] and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("rest", ["", '{"step": 5, "outco', '{"step": 5}'])
 def test_resuming_keeps_each_step_once(tmp_path, rest):
     filled(tmp_path, range(5))
     write_samples(tmp_path, [{"step": step, "response": "x\ny"} for step in range(5)])
+    write_tokens(tmp_path, [{"step": step, "reward": [0.1, -1e-5]} for step in range(1, 5) for _ in range(2)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(rest)  # what a kill in the middle of a write leaves
     assert steps(tmp_path) == [0, 1, 2, 3, 4]
@@ -100,7 +102,9 @@ def test_resuming_keeps_each_step_once(tmp_path, rest):
     assert steps(tmp_path) == [0, 1, 2, 3, 4, 5]
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 1, 2, 3]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+    tokens = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+    assert tokens == [{"step": step, "reward": [0.1, -1e-5]} for step in (1, 1, 2, 2, 3, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl", "tokens.jsonl"]
 
 
 def test_reading_says_what_is_wrong(tmp_path):

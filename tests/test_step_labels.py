@@ -2,27 +2,15 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tokenizers.decoders import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 from prime_fast import step_labels
 from prime_fast.engine.batch import Batch, Group, Sample
 
-TEXTS = ["so 12 + 30 = 42, and 42 + 8 = 50", "Ω = 3 → 4 ÷ 2 = 2", "one"]
+TEXTS = ["so 12 + 30 = 42, and 42 + 8 = 50", "Ω = 3 → 4 ÷ 2 = 2", "one"]  # of conftest's tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Tokens of several characters, and characters of several tokens."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXTS * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
-
-
-def test_every_character_is_found_in_a_token_that_holds_it(tokenizer):
+def test_every_character_is_found_in_a_token_that_holds_it(byte_tokenizer):
+    tokenizer = byte_tokenizer
     for text in TEXTS:
         ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
         lengths = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
@@ -32,7 +20,8 @@ def test_every_character_is_found_in_a_token_that_holds_it(tokenizer):
             assert lengths[found] > character and (found == 0 or lengths[found - 1] <= character)
 
 
-def test_labels_of_right_and_wrong_steps_are_compared(tokenizer):
+def test_labels_of_right_and_wrong_steps_are_compared(byte_tokenizer):
+    tokenizer = byte_tokenizer
     responses = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("= 42, = 50", "= 50, = 42")]
     samples = tuple(Sample(tokens, torch.zeros(len(tokens)), False) for tokens in responses)
     batch = Batch.of([Group(0, 0, tuple(tokenizer("so 12")["input_ids"]), samples, (1.0, 0.0))])

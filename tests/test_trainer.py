@@ -87,6 +87,8 @@ def test_a_run_leaves_everything_it_promises(straight):
     assert (run_dir / "config.yaml").is_file() and (run_dir / "report" / "curves.png").stat().st_size > 10_000
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert {"step", "prompt", "response", "outcome"} <= set(samples[0])
+    kept = [json.loads(line)["step"] for line in (run_dir / "tokens.jsonl").read_text().splitlines()]
+    assert kept == sorted(4 * [1, 1, 2, 2, 3, 3, 4, 4])
     newest = checkpoint.latest(run_dir)
     model = AutoModelForCausalLM.from_pretrained(newest / "policy")
     tokenizer = AutoTokenizer.from_pretrained(newest / "policy")
@@ -157,6 +159,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
     assert [line[:8] for line in lines if "step" in line][:2] == ["step 0/4", "step 1/4"]
     resumed = run(workspace, killed, "steps=4", "log.checkpoint_every=1", resume=True)
     assert stable(resumed) == stable(records)
+    assert (killed / "tokens.jsonl").read_bytes() == (run_dir / "tokens.jsonl").read_bytes()
     expected, got = weights(run_dir), weights(killed)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     best = max((2, 4), key=lambda step: (records[step]["eval_accuracy"], step))
@@ -180,6 +183,8 @@ def test_two_ranks_do_the_same_as_one(case, workspace, tmp_path):
     result = processes.torchrun(2, "-m", "prime_fast", *words)
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = records[1], read_metrics(tmp_path / "two")[1]
+    kept = [[json.loads(line) for line in (tmp_path / name / "tokens.jsonl").open()] for name in ("one", "two")]
+    assert [record["tokens"] for record in kept[0]] == [record["tokens"] for record in kept[1]]
     for key in ("outcome", "groups_kept", "groups", "rows", "response_length", "rollouts"):
         assert one[key] == two[key], key
     for key in ("prm_loss", "prm_grad_norm", "policy_grad_norm", "entropy", "process_over_outcome"):
@@ -222,6 +227,7 @@ def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspac
     shutil.copytree(whole, again)
     (again / "checkpoints" / "latest").write_text("step-000001")
     assert stable(run(workspace, again, *settings, resume=True))[1:] == stable(records)
+    assert (whole / "tokens.jsonl").read_bytes() == (again / "tokens.jsonl").read_bytes()
     for name in ("policy", "prm"):
         expected, got = weights(whole, name), weights(again, name)
         assert all(torch.equal(expected[key], got[key]) for key in expected)

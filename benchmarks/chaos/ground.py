@@ -141,14 +141,14 @@ def sentence(text: str) -> str | None:
 
 
 def leftovers(run_dir: Path, before: Path) -> dict:
-    """In what a run differs from the undisturbed one: metrics, samples, held-out responses, weights."""
+    """In what a run differs from the undisturbed one: metrics, samples, tokens, held-out responses, weights."""
     different = {
         "metrics": _stable(run_dir) != _stable(before),
-        "samples": (run_dir / "samples.jsonl").read_bytes() != (before / "samples.jsonl").read_bytes()
-        if (before / "samples.jsonl").exists()
-        else False,
         "eval": _contents(run_dir / "eval") != _contents(before / "eval"),
     }
+    for name in ("samples", "tokens"):
+        ours, theirs = (run / f"{name}.jsonl" for run in (run_dir, before))
+        different[name] = theirs.exists() and ours.read_bytes() != theirs.read_bytes()
     for name in ("policy", "prm"):
         ours, theirs = (checkpoint.latest(run) / name / "model.safetensors" for run in (run_dir, before))
         if theirs.exists():

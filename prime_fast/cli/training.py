@@ -87,6 +87,7 @@ def _train(options: argparse.Namespace) -> int:
     from prime_fast import preflight, resume
     from prime_fast.engine import distributed, zero
     from prime_fast.engine.checkpoint import intact, latest
+    from prime_fast.metrics import TOKENS
     from prime_fast.trainer import Trainer
 
     device = zero.start(config.log.hang)
@@ -109,6 +110,8 @@ def _train(options: argparse.Namespace) -> int:
         if profile and not profile.made:
             say("no profile: the run ended before, or was resumed behind, the step to profile")
         print_report([config.run_dir])
+        if (Path(config.run_dir) / TOKENS).exists():
+            print(f"responses, token by token: prime-fast show {config.run_dir}")
         print(f"model: {latest(Path(config.run_dir)) / 'policy'}")
         _name_the_best(config, "held-out accuracy")
     return 0
