@@ -14,7 +14,7 @@ from prime_fast.credit import Credit
 from prime_fast.engine.batch import Batch, Group
 from prime_fast.views.show.record import record
 
-TOKENS = 1 << 17  # of a step that are kept at most, beyond one response
+TOKENS = 1 << 15  # of a step that are kept at most, beyond one response: 40 bytes each, so a GiB in 800 long steps
 PROMPT = 1024  # tokens at a prompt's end that are kept
 
 
