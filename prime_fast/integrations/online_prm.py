@@ -103,7 +103,7 @@ class OnlinePrm:
             return
         saved = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
         self.module.load_state_dict(saved.state_dict())
-        self.adam.load_state_dict(torch.load(folder / OPTIMIZER, map_location=self.accelerator.device))
+        self.adam.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu"))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""One step of PrimeTrainer on given rows; as a program: `python trl_step.py MODEL PRM OUT [DEEPSPEED_CONFIG]`."""
+"""One step of PrimeTrainer on given rows; `python trl_step.py MODEL PRM OUT GROUPS` makes it on ranks under ZeRO-3."""
 
-import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 from prime_fast.engine.batch import Group, Sample
 from prime_fast.integrations.trl import PrimeConfig, PrimeTrainer
 
-GROUPS, K, EOS = 6, 4, 1
+K, EOS = 4, 1
 
 
-def rollouts() -> list[Group]:
+def rollouts(count: int) -> list[Group]:
     """Responses of 2 to 9 tokens, the last one EOS, with a mean outcome that differs between groups."""
     draw, torch_draw, groups = random.Random(5), torch.Generator().manual_seed(5), []
-    for number in range(GROUPS):
+    for number in range(count):
         prompt = tuple(torch.randint(2, 18, (draw.randint(3, 8),), generator=torch_draw).tolist())
         rows = [torch.randint(2, 18, (draw.randint(1, 8),), generator=torch_draw) for _ in range(K)]
         samples = [Sample(torch.cat([row, torch.tensor([EOS])]), torch.zeros(len(row) + 1), False) for row in rows]
@@ -27,9 +27,8 @@ def rollouts() -> list[Group]:
     return groups
 
 
-def make(model: str, prm: str | None, out: Path, **options) -> PrimeTrainer:
+def make(model: str, prm: str | None, out: Path, groups: list[Group], **options) -> PrimeTrainer:
     """A trainer that is handed those rows where it would sample."""
-    groups = rollouts()
 
     def given(prompts, trainer):
         first = trainer.accelerator.process_index * len(prompts)
@@ -41,13 +40,12 @@ def make(model: str, prm: str | None, out: Path, **options) -> PrimeTrainer:
     settings = {
         "output_dir": str(out),
         "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 6,
+        "gradient_accumulation_steps": len(groups),
         "num_generations": K,
         "max_steps": 1,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
-        "prm_learning_rate": 1e-3,
-        "prm_batch_size": 12,
+        "prm_learning_rate": 1e-4,
         "shuffle_dataset": False,
         "gradient_checkpointing": False,
         "bf16": False,
@@ -68,14 +66,20 @@ def make(model: str, prm: str | None, out: Path, **options) -> PrimeTrainer:
     )
 
 
-def main(model: str, prm: str, out: str, deepspeed: str | None = None) -> None:
+def main(model: str, prm: str, out: str, groups: int) -> None:
+    from prime_fast.engine.zero import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled
+    settings = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+    settings |= {name: "auto" for name in ("train_micro_batch_size_per_gpu", "gradient_clipping")}
+    settings["gradient_accumulation_steps"] = "auto"
+    rows = K // int(os.environ["WORLD_SIZE"])
+    saving = {"save_strategy": "steps", "save_steps": 1}
     trainer = make(
-        model, prm, Path(out), deepspeed=deepspeed, per_device_train_batch_size=2, save_strategy="steps", save_steps=1
+        model, prm, Path(out), rollouts(groups), per_device_train_batch_size=rows, deepspeed=settings, **saving
     )
     trainer.train()
-    if trainer.accelerator.is_main_process:
-        Path(out, "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:4], int(sys.argv[4]))
