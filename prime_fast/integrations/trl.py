@@ -63,7 +63,8 @@ class PrimeTrainer(GRPOTrainer):
             raise ValueError("prm_update='none' needs a PRM that was trained elsewhere; pass it as prm_model")
         if not path:
             raise ValueError("the policy has no path to load the reference from; pass model as a path or hub id")
-        prm = self._load(prm or path) if prm is None or isinstance(prm, str) else prm
+        initial = partial(self._load, path, (args.model_init_kwargs or {}).get("revision"))  # the policy's checkpoint
+        prm = initial() if prm is None else self._load(prm) if isinstance(prm, str) else prm
         disable_dropout_in_model(prm)
         optimizer = None
         if args.prm_update != "none":
@@ -74,14 +75,14 @@ class PrimeTrainer(GRPOTrainer):
             optimizer = Optimizer(args.prm_learning_rate, args.prm_weight_decay, args.prm_max_grad_norm, steps)
         self.prm = OnlinePrm(prm, self.accelerator, args.prm_beta, optimizer)
         shared = None if args.sync_ref_model else self.ref_model  # of TRL's KL term: the same checkpoint
-        self.prm_reference = shared or self._frozen(self._load(path))
+        self.prm_reference = shared or self._frozen(initial())
 
-    def _load(self, path: str) -> Any:
+    def _load(self, path: str, revision: str | None = None) -> Any:
         """A model as the policy is, whose dtype and attention it shares."""
         policy = self.accelerator.unwrap_model(self.model)
-        options = dict(self.args.model_init_kwargs or {}) | {"dtype": policy.dtype}
-        options |= {"attn_implementation": policy.config._attn_implementation, "device_map": None}
-        return create_model_from_path(path, trust_remote_code=self.args.trust_remote_code, **options)
+        options = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
+        options |= {"trust_remote_code": self.args.trust_remote_code, "revision": revision, "device_map": None}
+        return create_model_from_path(path, **options)
 
     def _frozen(self, model: Any) -> Any:
         disable_dropout_in_model(model)
