@@ -12,9 +12,10 @@ from datasets import Dataset
 from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
-from trl_step import K, make, rollouts
+from trl_step import K, make, prompts, rollouts
 
 from prime_fast import passes
+from prime_fast.engine import checkpoint
 from prime_fast.engine.batch import Batch
 from prime_fast.engine.zero import deepspeed
 from prime_fast.integrations.trl import PrimeConfig, PrimeTrainer
@@ -69,6 +70,14 @@ def test_the_numbers_are_those_of_our_own_trainer(workspace, configure, other_pr
         for name, parameter in model.named_parameters():
             got = adam.state[parameter]["exp_avg"]
             assert (got - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
+
+    own.save(1)  # a checkpoint of ours is a model for TRL; vLLM loads one in tests/evaluation/test_evaluate.py
+    own.checkpoints.finish()
+    saved = checkpoint.latest(tmp_path / "run") / "policy"
+    args = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    loaded = GRPOTrainer(str(saved), lambda **_: [], args, prompts(groups))
+    for name, weight in own.policy.weights():
+        assert torch.equal(loaded.model.get_parameter(name), weight), name
     own.close()
 
 
@@ -153,7 +162,7 @@ def test_learning(workspace, tmp_path):
     args = PrimeConfig(
         output_dir=str(tmp_path), max_steps=10, per_device_train_batch_size=64, num_generations=4,
         max_completion_length=6, learning_rate=1e-3, prm_learning_rate=1e-3, bf16=False, use_cpu=True,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
     trainer = PrimeTrainer(str(workspace / "model"), reward, args, Dataset.from_dict({"prompt": prompts}))
     trainer.train()

@@ -1,15 +1,21 @@
 """prime-fast convert on scripts with the published runs' values, and verl's rows and reward functions as they are."""
 
 import io
+import json
 import sys
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from prime_fast.cli import main
 from prime_fast.config import load_config
+from prime_fast.data.sources import read
 from prime_fast.integrations.launch_script import settings_of
 from prime_fast.integrations.verl import convert
+from prime_fast.rewards import score
 
 HOME = {"HOME": "/home/me"}
 # the settings of the published run (PRIME-RL/PRIME 18ad596f), in a script of the same kind
@@ -162,3 +168,22 @@ def test_what_cannot_be_converted_is_told(text, message, monkeypatch, capsys):
     assert main(["convert", "-"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("prime-fast: -: ") and message in said and said.count("\n") == 1
+
+
+def test_rows_and_reward_functions_of_verl_work_as_they_are(tmp_path):
+    """The parquet that its gsm8k example writes, and a custom_reward_function as its documentation has them."""
+    rows = Path(__file__).parents[1] / "data" / "rows" / "verl_gsm8k.jsonl"
+    table = pa.Table.from_pylist([json.loads(line) for line in rows.read_text().splitlines()])
+    pq.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "mine.py").write_text(
+        """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    assert data_source == "openai/gsm8k" and extra_info["split"] == "train" and "<<8*60=480>>" in extra_info["answer"]
+    return 1.0 if solution_str.endswith(ground_truth) else 0.1
+"""
+    )
+    shape, read_rows = read(str(tmp_path / "train.parquet"))
+    (row,) = (row for _, row in read_rows)
+    assert shape == "verl"
+    assert score(["so 1680", "7"], [row] * 2, reward=f"{tmp_path}/mine.py:compute_score") == [1.0, 0.1]
+    assert score(["#### 1,680", "#### 168"], [row] * 2) == [1.0, 0.0]

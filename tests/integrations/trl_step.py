@@ -27,14 +27,18 @@ def rollouts(count: int) -> list[Group]:
     return groups
 
 
+def prompts(groups: list[Group]) -> Dataset:
+    return Dataset.from_dict({"prompt": [str(group.id) for group in groups]})
+
+
 def make(model: str, prm: str | None, out: Path, groups: list[Group], **options) -> PrimeTrainer:
     """A trainer that is handed those rows where it would sample."""
 
-    def given(prompts, trainer):
-        first = trainer.accelerator.process_index * len(prompts)
-        rows = [(g.prompt, sample.tokens) for g in groups for sample in g.samples][first : first + len(prompts)]
+    def given(asked, trainer):
+        first = trainer.accelerator.process_index * len(asked)
+        rows = [(g.prompt, sample.tokens) for g in groups for sample in g.samples][first : first + len(asked)]
         ids = {"prompt_ids": [list(prompt) for prompt, _ in rows], "completion_ids": [t.tolist() for _, t in rows]}
-        outcomes = [o for g in groups for o in g.outcomes][first : first + len(prompts)]
+        outcomes = [o for g in groups for o in g.outcomes][first : first + len(asked)]
         return ids | {"logprobs": None, "outcome": outcomes}
 
     settings = {
@@ -59,7 +63,7 @@ def make(model: str, prm: str | None, out: Path, groups: list[Group], **options)
         model=model,
         reward_funcs=lambda outcome, **_: outcome,
         args=PrimeConfig(**settings | options),
-        train_dataset=Dataset.from_dict({"prompt": [str(group.id) for group in groups]}),
+        train_dataset=prompts(groups),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
         prm_model=prm,
         rollout_func=given,
