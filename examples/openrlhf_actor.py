@@ -1,6 +1,6 @@
 """The policy loss of an OpenRLHF-style actor without logits.
 
-OpenRLHF trains with two parts: `Actor.forward` gives the log-probs of the actions, and `PolicyLoss.forward` makes a loss
+OpenRLHF trains with two parts: `Actor.forward` gives the log-probs of the actions, `PolicyLoss.forward` makes a loss
 of them. `Actor` and `PolicyLoss` here do the same as those with the arguments that matter. The fused two take their
 places and leave the loop between them as it is: the actor hands on hidden states, and the loss runs the LM head, a few
 rows of logits at a time. Under ZeRO-3 the loss must run within the model's forward, where the head's weight is whole.
