@@ -49,6 +49,7 @@ def main() -> None:
         lr_scheduler_type="constant",
         gradient_checkpointing=False,
         bf16=False,
+        use_cpu=not torch.cuda.is_available(),
         seed=options.seed,
         deepspeed=options.deepspeed,
         logging_steps=4,  # one line for each generation
