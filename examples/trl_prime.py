@@ -63,7 +63,8 @@ def main() -> None:
     if options.json:
         steps = [{key: step[key] for key in CURVES if key in step} for step in trainer.state.log_history[:-1]]
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "trl": trl.__version__}
-        record = {"arguments": vars(options), "machine": machine, "steps": steps}
+        arguments = {key: vars(options)[key] for key in ("model", "rows", "steps", "process_weight", "seed")}
+        record = {"arguments": arguments, "machine": machine, "steps": steps}
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prime_fast import yaml_text
@@ -22,6 +22,7 @@ OPERATIONS = {
     ast.Mod: operator.mod,
 }
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # of Hydra
+Lookup = Callable[[str, str], list[str]]  # a variable's name and default -> its words, several if it is an array
 
 
 def settings_of(text: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -30,10 +31,9 @@ def settings_of(text: str, environment: Mapping[str, str]) -> dict[str, Any]:
     A script's variables are those that it assigns before, then those of `environment`. It is read, not run: what other
     programs compute for it, `$(...)`, stays as it stands. Raises ValueError where there is no setting at all.
     """
-    tree = None
-    if not any(map(OVERRIDE.match, text.split())):
-        tree = yaml_text.read(text)
-    found = dict(_flat(tree)) if isinstance(tree, dict) else dict(_overrides(text, environment))
+    found = dict(_overrides(text, environment))
+    if not found and isinstance(tree := yaml_text.read(text), dict):
+        found = dict(_flat(tree))
     if not found:
         raise ValueError("no setting of the form section.key=value, or YAML with sections, was found")
     return {key: _followed(value, found) for key, value in found.items()}
@@ -111,7 +111,7 @@ def _commands(text: str) -> Iterator[list[str]]:
             words, depth = [], 0
 
 
-def _unquoted(word: str, value_of: Any) -> list[str]:
+def _unquoted(word: str, value_of: Lookup) -> list[str]:
     """What bash makes of a word: quotes removed, variables filled in outside of single ones; an array gives several."""
     array = re.fullmatch(r'"?\$\{(\w+)\[@\]\}"?', word)
     if array:
@@ -134,7 +134,7 @@ def _unquoted(word: str, value_of: Any) -> list[str]:
     return [text]
 
 
-def _with_defaults(word: str, value_of: Any) -> str:
+def _with_defaults(word: str, value_of: Lookup) -> str:
     """With what is meant in the place of each ${NAME:-default}, whose default may hold others."""
     while found := re.search(r"\$\{(\w+):?-", word):
         depth, end = 1, found.end()

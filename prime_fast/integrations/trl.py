@@ -74,15 +74,14 @@ class PrimeTrainer(GRPOTrainer):
             steps = -(-rows // args.per_device_train_batch_size)
             optimizer = Optimizer(args.prm_learning_rate, args.prm_weight_decay, args.prm_max_grad_norm, steps)
         self.prm = OnlinePrm(prm, self.accelerator, args.prm_beta, optimizer)
-        shared = None if args.sync_ref_model else self.ref_model  # of TRL's KL term: the same checkpoint
-        self.prm_reference = shared or self._frozen(initial())
+        shares = self.ref_model is not None and not args.sync_ref_model and policy.dtype == torch.float32
+        self.prm_reference = self.ref_model if shares else self._frozen(initial())  # TRL's: the same checkpoint
 
     def _load(self, path: str, revision: str | None = None) -> Any:
-        """A model as the policy is, whose dtype and attention it shares."""
-        policy = self.accelerator.unwrap_model(self.model)
-        options = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
-        options |= {"trust_remote_code": self.args.trust_remote_code, "revision": revision, "device_map": None}
-        return create_model_from_path(path, **options)
+        """In float32, as bfloat16 would round the PRM's updates away; bf16=True computes in that all the same."""
+        attention = self.accelerator.unwrap_model(self.model).config._attn_implementation
+        options = {"dtype": torch.float32, "attn_implementation": attention, "device_map": None}
+        return create_model_from_path(path, revision=revision, trust_remote_code=self.args.trust_remote_code, **options)
 
     def _frozen(self, model: Any) -> Any:
         disable_dropout_in_model(model)

@@ -80,6 +80,7 @@ REASONS = {
     r"trainer\.val_before_train": "held-out rows are always evaluated before the first step",
     r"trainer\.(logger|wandb|project_name|experiment_name)": METRICS,
     r"trainer\.resume": "prime-fast train --resume goes on",
+    r"defaults|hydra": "other files are not read; convert the whole YAML that Hydra writes into .hydra/",
     r"ray_|.*(runtime_env|hdfs)": "there is no Ray and no HDFS",
 }
 NUMBER = re.compile(r".*(_length|_size|_size_per_gpu|\.n|n_samples|_freq|_coef|nnodes|n_gpus_per_node)")
