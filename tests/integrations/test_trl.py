@@ -9,6 +9,7 @@ import processes
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -149,6 +150,20 @@ def test_two_ranks_under_deepspeed_do_the_same_as_one(workspace, other_prm, tmp_
         torch.testing.assert_close(again.prm.module.get_parameter(name), parameter, rtol=0, atol=0)
         moments = (t.prm.adam.state[t.prm.module.get_parameter(name)]["exp_avg"] for t in (again, straight))
         torch.testing.assert_close(*moments, rtol=0, atol=0)
+
+
+def test_a_policy_with_lora(workspace, tmp_path):
+    """Its adapters train alone, and the model without them is the reference of the KL term."""
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trainer = make(str(workspace / "model"), None, tmp_path, rollouts(6), adapters, max_steps=2, beta=0.1)
+    trainer.train()
+    first, second, *_ = trainer.state.log_history
+    assert first["prm/token_reward_std"] == 0 < second["prm/token_reward_std"] and first["grad_norm"] > 0
+    assert first["kl"] < 1e-9 < second["kl"]
+    base = trainer.model.merge_and_unload(safe_merge=False).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
+    moved = {name for name in start if not torch.equal(base[name], start[name])}
+    assert moved == {name for name in start if name.endswith(("q_proj.weight", "v_proj.weight"))}
 
 
 def test_learning(workspace, tmp_path):

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -31,7 +32,9 @@ def prompts(groups: list[Group]) -> Dataset:
     return Dataset.from_dict({"prompt": [str(group.id) for group in groups]})
 
 
-def make(model: str, prm: str | None, out: Path, groups: list[Group], **options) -> PrimeTrainer:
+def make(
+    model: str, prm: str | None, out: Path, groups: list[Group], peft_config: Any = None, **options
+) -> PrimeTrainer:
     """A trainer that is handed those rows where it would sample."""
 
     def given(asked, trainer):
@@ -65,6 +68,7 @@ def make(model: str, prm: str | None, out: Path, groups: list[Group], **options)
         args=PrimeConfig(**settings | options),
         train_dataset=prompts(groups),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        peft_config=peft_config,
         prm_model=prm,
         rollout_func=given,
     )
