@@ -23,6 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "data.train_batch_size": 1024,
         "data.max_prompt_length": 512,
         "data.max_response_length": 512,
+        "algorithm.adv_estimator": "gae",
         f"{ROLLOUT}.name": "vllm",
         f"{ROLLOUT}.n": 1,
         f"{ACTOR}.optim.lr": 1e-6,
@@ -128,7 +129,7 @@ class _Run:
         for key, value in found.items():
             if NUMBER.fullmatch(key) and isinstance(value, str):
                 raise ValueError(f"{key}={value} is no number; give one")
-        self.settings = DEFAULTS[self.program] | found
+        self.settings = DEFAULTS[self.program] | {key: value for key, value in found.items() if value is not None}
 
     def conversion(self) -> Conversion:
         model = self.take("actor_rollout_ref.model.path")
@@ -141,8 +142,8 @@ class _Run:
         self._prime(self._path(model))
         self._policy()
         self._loop()
-        for key, value in self.settings.items():
-            if key in self.found:
+        for key, value in self.found.items():
+            if key in self.settings or value is None:
                 why = next((why for pattern, why in REASONS.items() if re.match(pattern, key)), "no counterpart")
                 self.left[f"{key}={_text(value)}"] = why
         tree: dict[str, Any] = {}
@@ -183,6 +184,8 @@ class _Run:
         elif not self.take("data.filter_accuracy", False):
             low, high = 0, 1
         self.ours["rollout.keep"] = [low, high]
+        if self.program == RECIPE:  # the others' is off
+            self.assume("rollout.keep", "data.filter_accuracy")
         self.carry("data.filter_truncated", "rollout.filter_truncated")
 
     def _prime(self, policy: str) -> None:
@@ -198,6 +201,8 @@ class _Run:
             process = self.take("reward_model.rm_coef")
         if process != outcome:  # of which the whitening leaves the ratio alone
             self.ours |= {"prime.process_weight": process / (outcome or 1), "prime.outcome_weight": float(outcome > 0)}
+            if self.program == PUBLISHED:
+                self.assume("prime.process_weight", "reward_model.rm_coef")
         for name, ours in (("path", "model.prm"), ("ref_path", "model.reference")):
             if (path := self.take(f"{self.prm}.{name}")) and self._path(path) != policy:
                 self.ours[ours] = self._path(path)
@@ -280,8 +285,11 @@ class _Run:
             self.leave(theirs, f"{ours} is one of {', '.join(among)}")
         else:
             self.ours[ours] = change(self.take(theirs))
-            if theirs not in self.found:
-                self.assumed[f"{ours}={_text(self.ours[ours])}"] = f"that of {self.program}, {theirs} is not set"
+            self.assume(ours, theirs)
+
+    def assume(self, ours: str, theirs: str) -> None:
+        if theirs not in self.found:
+            self.assumed[f"{ours}={_text(self.ours[ours])}"] = f"that of {self.program}, {theirs} is not set"
 
     def take(self, key: str, default: Any = None) -> Any:
         return self.settings.pop(key, default)
