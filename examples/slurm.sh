@@ -27,11 +27,11 @@ srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-backend c10d \
     --rdzv-endpoint "$(hostname):29500" --rdzv-id "$SLURM_JOB_ID" \
     -m prime_fast train configs/eurus2-7b-8xa100.yaml log.grace=270 --resume &
 run=$!
-while true; do # a signal ends the first wait
-    wait "$run"
-    code=$?
-    kill -0 "$run" 2>/dev/null || break
+while kill -0 "$run" 2>/dev/null; do
+    wait "$run" # which a signal ends, too
 done
+wait "$run"
+code=$?
 if [ "$again" = requeue ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,6 +1,7 @@
-"""The scripts of examples/: what they start is a command that runs, and they hand signals on."""
+"""The scripts of examples/: what they start is a command that runs, and they hand signals on; loops learn."""
 
 import os
+import runpy
 import shlex
 import signal
 import stat
@@ -81,3 +82,14 @@ def test_slurm(number, tmp_path, monkeypatch):
     (given,) = (int(line.partition("@")[2]) for line in text.splitlines() if line.startswith("#SBATCH --signal=B:USR1"))
     (patience,) = (int(shlex.split(line)[1].partition("=")[2]) for line in text.splitlines() if "SHUTDOWN" in line)
     assert config.log.grace < patience < given
+
+
+def test_a_loop_of_plain_torch_learns():
+    assert len((EXAMPLES / "plain_torch.py").read_text().splitlines()) <= 60
+    rewards = runpy.run_path(str(EXAMPLES / "plain_torch.py"))["main"](15)
+    assert sum(rewards[:2]) / 2 < 0.65 and sum(rewards[-2:]) / 2 > 0.8
+
+
+def test_the_loss_of_an_actor_of_openrlhf_is_the_same_without_logits():
+    apart = runpy.run_path(str(EXAMPLES / "openrlhf_actor.py"))["main"]()
+    assert apart["loss"] < 1e-4 and apart["gradient"] < 1e-5

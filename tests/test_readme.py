@@ -88,7 +88,7 @@ def test_commands_are_found():
     assert len(README) > 15 and len(COMMANDS) > 50
     for text in TEXTS:
         kinds = {kind for kind, _ in BLOCK.findall(text.read_text())}
-        assert kinds <= {"sh", "python", "text", "yaml", "json", "math"}, (
+        assert kinds <= {"sh", "python", "text", "yaml", "json", "math", "diff"}, (
             f"{text.name}: a block that does not say what it holds"
         )
 

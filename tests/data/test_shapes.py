@@ -88,6 +88,7 @@ CASES = {
         ([STEPS, 1], SUM, SUM.replace("sum", "max")),
     ],
     "verl_readme": ["verl", ([0], "12 * 6\n#### 72", "#### 18")],
+    "verl_gsm8k": ["verl", ([0], "480 and 1200.\n#### 1,680", "#### 1,200")],
     "dapo": ["verl", ([0], "180 = 4 * 9 * 5, so 3 * 3 * 2.\n\nAnswer: 18", "2 * 3 * 5 = 30.\n\nAnswer: 30")],
     "deepmath": ["openrlhf", (["question"], r"So \boxed{1.5}.", r"So \boxed{\frac{2}{3}}.")],
     "alpaca": [

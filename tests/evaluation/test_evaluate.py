@@ -9,8 +9,11 @@ import pytest
 import torch
 from engines import needs_vllm
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prime_fast.config import EngineConfig, ModelConfig
+from prime_fast.engine.writing import export
+from prime_fast.engine.zero import Engine
 from prime_fast.evaluation.evaluate import evaluate, find_model
 from prime_fast.evaluation.settings import Settings, max_tokens
 from prime_fast.evaluation.summary import AVERAGE
@@ -290,9 +293,13 @@ def test_two_processes_share_the_problems(with_prm, workspace, tmp_path):
         assert not list(out.glob(f"{name}.*.jsonl"))
 
 
-def test_vllm_takes_its_options_and_long_rows(asked, long_rows):
+def test_vllm_takes_its_options_and_long_rows_of_a_model_that_the_engine_wrote(asked, long_rows, tmp_path, device):
+    """As into a checkpoint."""
     needs_vllm()
-    settings = replace(asked, engine="vllm", vllm={"max_num_seqs": 2}, data=(long_rows,), max_response=20)
+    engine = Engine("policy", asked.model, ModelConfig(policy=asked.model), EngineConfig(), None, device)
+    export(engine, AutoTokenizer.from_pretrained(asked.model), tmp_path / "policy")
+    model = str(tmp_path / "policy")
+    settings = replace(asked, model=model, engine="vllm", vllm={"max_num_seqs": 2}, data=(long_rows,), max_response=20)
     assert evaluate(settings, QUIET)["long"]["clamped"] == 2
     again = replace(settings, vllm={"max_num_seqs": 3})  # says how, not what
     assert evaluate(again, QUIET)["long"]["problems"] == 4

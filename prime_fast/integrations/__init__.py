@@ -1,0 +1,1 @@
+"""Doors for people who live elsewhere: TRL and verl."""
