@@ -62,6 +62,27 @@ class Config(Section):
     def uses_reference(self) -> bool:
         return (self.uses_prm and self.prime.reference == "sft") or self.policy.kl_coef > 0
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The models of a run: role -> where its weights come from. A PRM of prm.lora has its reference's."""
+        start = self.model.policy
+        reference = self.model.reference or start
+        found = {"policy": start}
+        if self.uses_prm:
+            found["prm"] = self.model.prm or (reference if self.prm.lora and self.uses_reference else start)
+        if self.uses_reference:
+            found["reference"] = reference
+        return found
+
+    @property
+    def reference_within(self) -> str | None:
+        """The model that is the reference where its adapter is off; None where the reference has weights of its own."""
+        if not self.uses_reference:
+            return None
+        if self.uses_prm and self.prm.lora:
+            return "prm"
+        return "policy" if self.policy.lora and self.paths["reference"] == self.model.policy else None
+
     @model_validator(mode="after")
     def consistent(self) -> Config:
         if self.rollout.samples < 2 and self.prime.estimator in ("rloo", "grpo"):
@@ -161,6 +182,14 @@ def _check_prm(config: Config) -> None:
                 f"prm.{key}={getattr(prm, key)} has no effect with {what}, which trains no PRM; set prm.{key}="
                 f"{getattr(defaults, key)}, or train one"
             )
+    if prm.lora and not trains:
+        what = "prime.update=none" if config.uses_prm else "prime.process_weight=0"
+        raise ValueError(f"prm.lora has no effect with {what}, which trains no PRM; leave it out, or train one")
+    if prm.lora and config.uses_reference and config.paths["prm"] != config.paths["reference"]:
+        raise ValueError(
+            f"prm.lora is an adapter on the weights of the reference, {config.paths['reference']}, and "
+            f"model.prm={config.model.prm} names others; leave model.prm out, or prm.lora"
+        )
     if prm.loss != "response" and config.rollout.samples == 1:
         raise ValueError(
             f"prm.loss={prm.loss} starts from a group's mean outcome, which with rollout.samples=1 is the outcome "
