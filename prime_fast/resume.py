@@ -52,6 +52,11 @@ def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
             "not continue the same run; use engine.offload=cpu, or start a new run_dir with "
             f"model.policy={found / 'policy'}"
         )
+    if "models" in accepted and (config.policy.lora or config.prm.lora):
+        raise ValueError(
+            "--accept models would put the checkpoint's adapter on other weights than it was trained on; put the model "
+            f"back, or start a new run_dir with model.policy={found / 'policy'}"
+        )
     before = _flatten(load_config(run_dir / "config.yaml").model_dump())
     now = _flatten(config.model_dump())
     free = FREE.union(
