@@ -16,8 +16,8 @@ from prime_fast.config import PolicyConfig
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch
 from prime_fast.engine.distributed import Stop
-from prime_fast.engine.packing import Pack
 from prime_fast.engine.lora import Trunk
+from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine, StepResult
 from prime_fast.progress import Tick, progress
 

@@ -151,7 +151,9 @@ def check_every_parameter_trains(engine: Engine, name: str) -> None:
         )
 
 
-def _score_replicated(engine: Engine | Trunk, batch: Batch, minis: list[passes.MiniBatch], temperature: float) -> Tensor:
+def _score_replicated(
+    engine: Engine | Trunk, batch: Batch, minis: list[passes.MiniBatch], temperature: float
+) -> Tensor:
     """passes.score where every sequence group was given all rows: the sum over ranks counts each once a group."""
     return passes.score(engine, batch, minis, temperature) / engine.sequence_group.count
 

@@ -2,7 +2,8 @@
 
 `--accept PART,...` goes on with others. A renewed part renews what was made of it: other data start an epoch of their
 own; groups that were waiting, of other rows, tokens or outcomes, are dropped. Policy, trained PRM and their optimizers
-always come from the checkpoint; the reference, and a PRM that does not train, from their paths.
+always come from the checkpoint; the reference, a PRM that does not train, and what an adapter is put on, from their
+paths.
 """
 
 from __future__ import annotations

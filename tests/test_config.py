@@ -114,8 +114,9 @@ ONE = ["rollout.samples=1", "prime.estimator=reinforce"]
         ),
         (["prm.warmup_steps=3", "prime.process_weight=0"], "set prm.warmup_steps=0, or train one"),
         (["prm.warmup_steps=100"], "the first of steps=100 and leave none that trains the policy; raise steps"),
-        (["prm.lora={}", "prime.process_weight=0"], "prm.lora has no effect with prime.process_weight=0, .*leave it out"),
-        (["prm.lora={}", "model.prm=x"], "weights of the reference, some/model, and model.prm=x .* leave model.prm out"),
+        (["prm.lora={}", "prime.process_weight=0"], "prm.lora has no effect with prime.process_weight=0, .*leave it"),
+        (["prm.lora={}", "model.prm=x"], "of the reference, some/model, and model.prm=x .* leave model.prm out"),
+        (["policy.lora={}", "engine.offload=disk"], "set engine.offload=cpu or none, or leave lora out"),
         (["prm.loss=prefix", *ONE, "rollout.keep=[0, 1]"], "set rollout.samples to 2 or more, or prm.loss=response"),
     ],
 )

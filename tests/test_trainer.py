@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
 
 RANKS = {
     "one row a step, so that a rank idles": ["policy.mini_batch=1", "prm.mini_batch=1"],
-    "several rows": ["prm.loss=prefix", "prm.rows=all", "prm.passes=2", "rollout.keep=[0.3, 0.5]", "prm.lora={rank: 4}"],
+    "several rows": [*("prm.loss=prefix", "prm.rows=all", "prm.passes=2", "prm.lora={}"), "rollout.keep=[0.3, 0.5]"],
 }
 
 
@@ -268,7 +268,9 @@ def streamed(trainer, groups):
     return trainer._given(1, groups).finish()
 
 
-@pytest.mark.parametrize("overrides", [[], ["prm.lora={}"], ["policy.lora={}"], ["prm.lora={}", "model.dtype=bfloat16"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["prm.lora={}"], ["policy.lora={}"], ["prm.lora={}", "model.dtype=bfloat16"]], ids=" ".join
+)
 def test_equal_prm_and_reference_reward_exactly_nothing(overrides, configure, device):
     trainer = make_trainer(configure("prm.lr=0", *overrides), device)
     assert isinstance(trainer.reference, Trunk) == bool(overrides)  # no weights of its own

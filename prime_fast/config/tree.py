@@ -101,6 +101,7 @@ class Config(Section):
                 "set model.prm to a trained PRM, or prime.update=after"
             )
         _check_prm(self)
+        _check_lora(self)
         if self.prime.reference == "policy" and self.uses_prm and self.rollout.old_logprobs == "engine":
             raise ValueError(
                 "prime.reference=policy needs the trainer's own log-probs (the engine's differ by rounding, which the "
@@ -182,14 +183,6 @@ def _check_prm(config: Config) -> None:
                 f"prm.{key}={getattr(prm, key)} has no effect with {what}, which trains no PRM; set prm.{key}="
                 f"{getattr(defaults, key)}, or train one"
             )
-    if prm.lora and not trains:
-        what = "prime.update=none" if config.uses_prm else "prime.process_weight=0"
-        raise ValueError(f"prm.lora has no effect with {what}, which trains no PRM; leave it out, or train one")
-    if prm.lora and config.uses_reference and config.paths["prm"] != config.paths["reference"]:
-        raise ValueError(
-            f"prm.lora is an adapter on the weights of the reference, {config.paths['reference']}, and "
-            f"model.prm={config.model.prm} names others; leave model.prm out, or prm.lora"
-        )
     if prm.loss != "response" and config.rollout.samples == 1:
         raise ValueError(
             f"prm.loss={prm.loss} starts from a group's mean outcome, which with rollout.samples=1 is the outcome "
@@ -199,6 +192,23 @@ def _check_prm(config: Config) -> None:
         raise ValueError(
             f"prm.warmup_steps={prm.warmup_steps} are the first of steps={config.steps} and leave none that trains the "
             "policy; raise steps, or lower prm.warmup_steps"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    """An adapter needs something that trains it, and the PRM's the weights that it is to share with the reference."""
+    if config.prm.lora and not (config.uses_prm and config.prime.update != "none"):
+        what = "prime.update=none" if config.uses_prm else "prime.process_weight=0"
+        raise ValueError(f"prm.lora has no effect with {what}, which trains no PRM; leave it out, or train one")
+    if config.prm.lora and config.uses_reference and config.paths["prm"] != config.paths["reference"]:
+        raise ValueError(
+            f"prm.lora is an adapter on the weights of the reference, {config.paths['reference']}, and "
+            f"model.prm={config.model.prm} names others; leave model.prm out, or prm.lora"
+        )
+    if config.engine.offload == "disk" and (config.prm.lora or config.policy.lora):
+        raise ValueError(
+            "engine.offload=disk is not tested with adapters, whose states are small; set engine.offload=cpu or none, "
+            "or leave lora out"
         )
 
 

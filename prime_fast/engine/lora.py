@@ -1,5 +1,5 @@
-"""LoRA (arXiv 2106.09685), by peft: beside the frozen weight W of a linear layer a product B A of rank r is trained, and
-the layer computes with W + alpha / r * B A.
+"""LoRA (arXiv 2106.09685), by peft: beside the frozen weight W of a linear layer a product B A of rank r is trained,
+and the layer computes with W + alpha / r * B A.
 
 B begins as zeros, so that the model with its adapter is the model without it, to the bit. With the adapter off it is
 what it started from: the frozen reference, which then needs no weights of its own (`Trunk`).
@@ -71,8 +71,8 @@ class Adapter:
         for _, layer in self.layers.values():
             layer.set_scale(NAME, scale)
 
-    def merged(self, name: str, parameter: nn.Parameter) -> tuple[str, list[nn.Parameter], float]:
-        """(Hugging Face name, [W, A, B] or one that has no adapter alone, alpha / r) for `product`."""
+    def parts(self, name: str, parameter: nn.Parameter) -> tuple[str, list[nn.Parameter], float]:
+        """What `product` makes the weight of: (its Hugging Face name, [W, A, B] or W alone, alpha / r)."""
         if name not in self.layers:
             return name.replace(".base_layer.", "."), [parameter], 0.0
         there, layer = self.layers[name]
@@ -90,7 +90,7 @@ def saved_name(name: str) -> str:
 
 
 def product(scale: float, weight: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """W + scale * B A, computed in float32 and rounded once to the dtype of W; W itself without A and B."""
+    """W (out, in) + scale * B (out, r) A (r, in), computed in float32 and rounded once to W's dtype; W without A, B."""
     if a is None:
         return weight
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)

@@ -171,9 +171,9 @@ class Engine:
             self.parking.unpark()
 
     def parameters_without_gradient(self) -> list[str]:
-        """Names of parameters whose first AdamW moment is zero everywhere: no gradient has reached them yet.
-
-        Of an adapter B's: as long as they are zero, A's gradients are as well."""
+        """Names of parameters whose first AdamW moment is zero everywhere: no gradient has reached them yet. Of an
+        adapter only B is looked at: A's gradient is zero as long as B is.
+        """
         named = [(name, parameter) for name, parameter in self.trained if not self.adapter or ".lora_B." in name]
         reached = torch.tensor(
             [float(safe_get_local_optimizer_state(p, "exp_avg").count_nonzero() > 0) for _, p in named],
@@ -194,7 +194,7 @@ class Engine:
             if self.adapter is None:
                 yield name, [parameter], 0.0
             elif not lora.is_adapter(name):
-                yield self.adapter.merged(name, parameter)
+                yield self.adapter.parts(name, parameter)
 
     def exported(self, tokenizer: Any) -> dict[str, Content]:
         """The files of a directory that `AutoModelForCausalLM.from_pretrained` loads, in host memory, until the next
@@ -226,8 +226,9 @@ class Engine:
         return self.papers | files
 
     def states(self) -> dict[str, Tensor]:
-        """This rank's part of the trained float32 weights and their optimizer states, for `load_states` of however many ranks, in host
-        memory, until the next call; empty with engine.offload=disk, whose step count DeepSpeed does not give back."""
+        """This rank's part of float32 weights and optimizer states of what trains, for `load_states` of however many
+        ranks, in host memory, until the next call; empty with engine.offload=disk, whose step count DeepSpeed does not
+        give back."""
         optimizer = self.deepspeed.optimizer
         if optimizer.swap_optimizer:
             return {}

@@ -196,8 +196,8 @@ class States:
         return [self._item("states on their way from disk", size, "host")]
 
     def checkpoint_bytes(self) -> int:
-        """Of all ranks: the Hugging Face copy, an adapter beside it, float32 weights and moments. Frozen engines are not
-        written."""
+        """Of all ranks: the Hugging Face copy, an adapter beside it, float32 weights and moments. Frozen engines are
+        not written."""
         if not self.trained:
             return 0
         return self.width * self.whole.count + (MASTER + MOMENTS) * self.partition * self.ranks

@@ -7,7 +7,6 @@ from typing import Any
 
 from prime_fast.memory.advice import UTILIZATION, apply, row_share
 from prime_fast.memory.plan import Plan
-from prime_fast.memory.shapes import shape
 from prime_fast.speed import rollouts
 from prime_fast.speed.rates import Rates
 from prime_fast.speed.step import EVERY, Machine, Pass, Rows, passes_per_step

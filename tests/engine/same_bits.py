@@ -138,9 +138,7 @@ def check_recompute(path: Path, dtype: str, device: torch.device, lora: LoraConf
         assert not (wrong := differences(results["none"], result)), f"recompute={mode}: {wrong}"
 
 
-def check_parking(
-    path: Path, dtype: str, scratch: Path, device: torch.device, lora: LoraConfig | None = None
-) -> None:
+def check_parking(path: Path, dtype: str, scratch: Path, device: torch.device, lora: LoraConfig | None = None) -> None:
     """Parked around every step; saved, and loaded into, while parked."""
     straight, parked = (engine(path, device, dtype, lora=lora) for _ in range(2))
     moves = Counter()

@@ -144,22 +144,26 @@ def test_an_adapter_saves_a_model_and_what_trains_one():
     """Rank 32 on all linear layers of a 7B model: 81 M parameters train."""
     whole, adapted = seven(), seven("prm.lora={}")
     assert adapted.states["prm"].training.count == 80_740_352 and list(adapted.phases) == list(whole.phases)
-    assert gib(adapted, "policy", "reference: parameters") == 0 < gib(whole, "policy", "reference: parameters")
-    for name, one, some in (("parameters", 1.773, 0.019), ("float32 weights", 3.547, 0.038), ("moments", 7.093, 0.075)):
-        assert gib(whole, "policy", f"prm: {name}") == pytest.approx(one, abs=0.01) or name == "moments"
-        there = gib(adapted, "policy", "prm: AdamW moments" if name == "moments" else f"prm: {name}")
-        assert there == pytest.approx(some + (one if name == "parameters" else 0), abs=0.01)
+    rest, full = (gibs(plan.states["prm"].rest()) for plan in (adapted, whole))
+    assert rest["parameters"] - full["parameters"] == pytest.approx(2 * 80_740_352 / 8 / GIB)
+    states = ("float32 weights", "AdamW moments", "gradients")
+    assert [rest[name] for name in states] == pytest.approx([0.0376, 0.0752, 0.0376], rel=0.01)
     saved = whole.peaks["policy"] - adapted.peaks["policy"]
-    assert saved / GIB == pytest.approx(1.77 + 3.55 + 7.09 + 3.55 - 0.02 * 8, abs=0.1)  # the reference; the PRM's states
-    heads = "LM-head buffers", "LM-head gradients"
-    for (_, first, second) in [(adapted, *adapted.moments["prm"][:2])]:
-        sizes = {item.name.removeprefix("prm: "): item.size for item in (*first, *second)}
-        full = {item.name.removeprefix("prm: "): item.size for moment in whole.moments["prm"][:2] for item in moment}
-        assert full[heads[0]] - sizes[heads[0]] == 4 * 152064 * 3584
-        assert full[heads[1]] - sizes[heads[1]] == 2 * 2 * 152064 * 3584
+    states = full["float32 weights"] + full["AdamW moments"] + full["gradients"]
+    assert saved / GIB == pytest.approx(full["parameters"] + states - 0.17, abs=0.01)  # the reference's, the PRM's
+    head = 152064 * 3584 / GIB
+    before, after = (
+        gibs(moment for moments in plan.moments["prm"][:2] for moment in moments) for plan in (whole, adapted)
+    )
+    assert before["LM-head buffers"] - after["LM-head buffers"] == pytest.approx(4 * head)
+    assert before["LM-head gradients"] - after["LM-head gradients"] == pytest.approx(2 * 2 * head)
     both = seven("prm.lora={}", "policy.lora={}")
     assert set(both.states) == {"policy", "prm"} and both.checkpoint_bytes < 0.2 * whole.checkpoint_bytes
     assert set(seven("policy.lora={}").states) == {"policy", "prm"}
+
+
+def gibs(items):
+    return {item.name.removeprefix("prm: "): item.size / GIB for item in items}
 
 
 def test_phases_are_those_that_run():
