@@ -122,9 +122,9 @@ def _models_table(plan: Plan) -> Table:
             table.add_row(role, f"the {plan.config.reference_within}'s, its adapter off")
             continue
         context = getattr(model_config(path), "max_position_embeddings", "-")
-        trained = states.training.count if states.trained else 0
+        trained = f"{states.training.count / 1e9:.3f} B" if states.trained else "-"
         sizes = (found.layers, found.hidden, found.vocabulary, context)
-        table.add_row(role, path, *(f"{count / 1e9:.3f} B" for count in (found.count, trained)), *map(str, sizes))
+        table.add_row(role, path, f"{found.count / 1e9:.3f} B", trained, *map(str, sizes))
     return table
 
 
