@@ -50,7 +50,7 @@ class Adapter:
             inference_mode=True,  # of who loads it
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # A is drawn on the CPU; a GPU's generator is left alone
             peft.inject_adapter_in_model(self.config, lm, NAME)
         layers = [(name, layer) for name, layer in lm.named_modules() if isinstance(layer, peft.tuners.lora.Linear)]
         self.layers = {f"{name}.base_layer.weight": (f"{name}.weight", layer) for name, layer in layers}

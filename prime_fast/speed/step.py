@@ -35,7 +35,7 @@ def passes_per_step(config: Config, recompute: Mapping[str, Recompute]) -> list[
     def trained(role: str, what: str, rows: str, steps: int, runs: int = 1) -> Pass:
         found = recompute[role]
         again = runs * found.layers / found.of
-        spared = runs if getattr(config, role).lora else 0.0  # the half of a backward that is the weights' gradients
+        spared = float(runs) if getattr(config, role).lora else 0.0  # half of a backward: the weights' gradients
         made = f"{what} forward and backward, {steps} optimizer steps"
         made += " and those of dropped groups" if rows == EVERY else ""
         return Pass(role, made, rows, 3.0 * runs + again, steps, True, again if found.attention else 0.0, spared)
