@@ -44,6 +44,7 @@ gc.freeze()  # what was imported need not be walked whenever DeepSpeed collects 
 partition_parameters.DEFAULT_TENSOR_OVERRIDES.remove(partition_parameters.DeepSpeedTensorOverride.dtype)
 
 GATHER_BYTES = 1 << 30  # parameters gathered at a time when weights leave the engine
+REDUCE_BUCKET = 500_000_000  # elements of gradients reduced at a time, unless told otherwise: DeepSpeed's default
 WEIGHT_FILES, SHARD = "model{suffix}.safetensors", "50GB"  # as transformers names and cuts them
 
 
@@ -117,6 +118,9 @@ class Engine:
         for parameter in module.parameters():
             parameter.requires_grad_(self.trains)
         self.adapter = lora.Adapter(lm, self.role, path, adapter, seed) if adapter else None
+        if self.adapter:  # whose gradients need no more room than all of them take
+            elements = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            settings["zero_optimization"]["reduce_bucket_size"] = min(elements, REDUCE_BUCKET)
         adam = None
         if optimizer is not None:
             adam = torch.optim.AdamW(

@@ -160,7 +160,7 @@ class States:
         """Besides the bucket: a gradient on its way into it, and the bucket laid out anew for the reduce-scatter
         (coalesced_collectives.py reduce_scatter_coalesced)."""
         inside = max(count for name, count in self.training.parameters if count != self.shape.head)
-        bucket = min(self.zero.reduce_bucket_size, self.training.count)
+        bucket = min(self.zero.reduce_bucket_size, self.training.count)  # what is in it
         converted = self.gradient_width * bucket // self.ranks if self.gradient_width != self.width else 0
         return [
             self._item("a layer's gradient", self.width * inside),
@@ -226,7 +226,7 @@ class States:
         offload = self.engine.offload
         where = self._resting_place
         bucket = self.zero.reduce_bucket_size
-        if not self.on_gpu:  # untouched pages of a buffer take no memory
+        if self.adapter or not self.on_gpu:  # untouched pages of a buffer take no memory
             bucket = min(bucket, self.training.count)
         gradients = self.gradient_width * self.partition
         items = [

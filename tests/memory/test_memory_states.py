@@ -56,7 +56,7 @@ def test_the_plan_is_what_deepspeed_holds(case, held, workspace, monkeypatch):
     for name in ("parameters", "float32 weights", "AdamW moments", "gradients"):
         assert rest[name] == found[name], name
     assert rest.get("float32 gradients", 0) == found["float32 gradients"]
-    on_gpu = sizes(states(workspace / "model", dtype, ranks=ranks, on_gpu=True).rest())
+    on_gpu = sizes(states(workspace / "model", dtype, ranks=ranks, on_gpu=True, lora=lora).rest())
     assert on_gpu["reduce bucket"] == found["reduce bucket"]  # on a CPU its untouched pages do not count
     if ranks > 1:
         assert sizes(plan.gathered())["gathered parameters"] == found["gathered parameters"]
