@@ -251,7 +251,7 @@ class Plan:
 
     def _blocks(self) -> Moment:
         """The pinned blocks that trained parameters were loaded into serve frozen ones, or are kept for nothing."""
-        frozen = not all(states.trained for states in self.states.values())
+        frozen = any(states.adapter or not states.trained for states in self.states.values())
         return [] if frozen else self.states["policy"].loaded_into()
 
     def _copies(self) -> Moment:
