@@ -61,14 +61,8 @@ def of_sft(config: Config, tokenizer: Any, rows: Rows, held_out: Sequence[dict])
 
 
 def models(config: Config) -> dict[str, str]:
-    start = config.model.policy
-    paths = {"policy": start}
-    if config.uses_prm:
-        paths["prm"] = config.model.prm or start
-    if config.uses_reference:
-        paths["reference"] = config.model.reference or start
-    known = {path: model(path) for path in set(paths.values())}
-    return {role: known[path] for role, path in paths.items()}
+    known = {path: model(path) for path in set(config.paths.values())}
+    return {role: known[path] for role, path in config.paths.items()}
 
 
 def model(path: str) -> str:

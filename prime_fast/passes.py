@@ -16,6 +16,7 @@ from prime_fast.config import PolicyConfig
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch
 from prime_fast.engine.distributed import Stop
+from prime_fast.engine.lora import Trunk
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine, StepResult
 from prime_fast.progress import Tick, progress
@@ -84,14 +85,14 @@ def efficiency(batch: Batch, minis: list[MiniBatch], attention: float = 0.0) -> 
     return packing.efficiency([micro for mini in minis for micro in mini], batch.lengths, attention)
 
 
-def score(engine: Engine, batch: Batch, minis: list[MiniBatch], temperature: float = 1.0) -> Tensor:
+def score(engine: Engine | Trunk, batch: Batch, minis: list[MiniBatch], temperature: float = 1.0) -> Tensor:
     """Log-probs (T,) float32 of the response tokens under the engine's present weights."""
     return score_at(engine, batch, minis, (temperature,))[temperature]
 
 
 @torch.no_grad()
 def score_at(
-    engine: Engine, batch: Batch, minis: list[MiniBatch], temperatures: Collection[float]
+    engine: Engine | Trunk, batch: Batch, minis: list[MiniBatch], temperatures: Collection[float]
 ) -> dict[float, Tensor]:
     """`score` at several temperatures from one forward, with an LM head for each."""
     flats = {temperature: _flat(batch, engine) for temperature in temperatures}
@@ -102,7 +103,7 @@ def score_at(
 
 
 @torch.no_grad()
-def score_pack(engine: Engine, pack: Pack, flats: dict[float, Tensor]) -> None:
+def score_pack(engine: Engine | Trunk, pack: Pack, flats: dict[float, Tensor]) -> None:
     """Write the log-probs of a pack's response tokens, at each temperature, into its flat batch (T,)."""
 
     def heads(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:

@@ -18,6 +18,7 @@ from prime_fast.data.models import eos_ids, load_tokenizer, model_config, stop_i
 from prime_fast.data.rows import MAX_KINDS, Rows, load_rows
 from prime_fast.engine import distributed, packing, ulysses
 from prime_fast.engine.batch import Batch, Group
+from prime_fast.engine.lora import Trunk
 from prime_fast.engine.model import longest_row
 from prime_fast.engine.zero import Engine
 from prime_fast.identity import Identity
@@ -113,7 +114,7 @@ def sample_evenly(files: Sequence[Rows], limit: int) -> list[list[dict]]:
 
 
 def self_check(
-    policy: Engine, prm: Engine | None, reference: Engine | None, rollout: Fleet, inputs: Inputs, config: Config
+    policy: Engine, prm: Engine | None, reference: Engine | Trunk | None, rollout: Fleet, inputs: Inputs, config: Config
 ) -> None:
     """Sample a few responses of every engine and compare: packed with row by row, engine with trainer, PRM with
     reference.
@@ -135,8 +136,7 @@ def self_check(
     bound = passes.AGREEMENT[policy.dtype]
     _compare("packed rows and the same rows one at a time", packed, single, bound)
     _compare("the rollout engine and the trainer", batch.engine_logprob.to(packed.device), packed, bound)
-    same_start = (config.model.prm or config.model.policy) == (config.model.reference or config.model.policy)
-    if prm is not None and reference is not None and same_start:
+    if prm is not None and reference is not None and config.paths["prm"] == config.paths["reference"]:
         scored, base = (_score_replicated(engine, batch, together, 1.0) for engine in (prm, reference))
         _compare("the PRM and its reference, which start from the same weights,", scored, base, 0.0)
 
@@ -151,7 +151,9 @@ def check_every_parameter_trains(engine: Engine, name: str) -> None:
         )
 
 
-def _score_replicated(engine: Engine, batch: Batch, minis: list[passes.MiniBatch], temperature: float) -> Tensor:
+def _score_replicated(
+    engine: Engine | Trunk, batch: Batch, minis: list[passes.MiniBatch], temperature: float
+) -> Tensor:
     """passes.score where every sequence group was given all rows: the sum over ranks counts each once a group."""
     return passes.score(engine, batch, minis, temperature) / engine.sequence_group.count
 

@@ -2,7 +2,8 @@
 
 `--accept PART,...` goes on with others. A renewed part renews what was made of it: other data start an epoch of their
 own; groups that were waiting, of other rows, tokens or outcomes, are dropped. Policy, trained PRM and their optimizers
-always come from the checkpoint; the reference, and a PRM that does not train, from their paths.
+always come from the checkpoint; the reference, a PRM that does not train, and what an adapter is put on, from their
+paths.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
             "DeepSpeed does not restore AdamW's step count from disk, so --resume with engine.offload=disk would "
             "not continue the same run; use engine.offload=cpu, or start a new run_dir with "
             f"model.policy={found / 'policy'}"
+        )
+    if "models" in accepted and (config.policy.lora or config.prm.lora):
+        raise ValueError(
+            "--accept models would put the checkpoint's adapter on other weights than it was trained on; put the model "
+            f"back, or start a new run_dir with model.policy={found / 'policy'}"
         )
     before = _flatten(load_config(run_dir / "config.yaml").model_dump())
     now = _flatten(config.model_dump())

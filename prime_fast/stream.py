@@ -23,6 +23,7 @@ from torch import Tensor
 from prime_fast import passes, prime
 from prime_fast.engine import distributed, packing
 from prime_fast.engine.batch import Batch, Group
+from prime_fast.engine.lora import Trunk
 from prime_fast.engine.zero import Engine, StepResult
 from prime_fast.metrics import Phases
 from prime_fast.progress import progress
@@ -44,7 +45,7 @@ class Scored(NamedTuple):
 class Passes(NamedTuple):
     """What is to be made of every group. reference: the engine that gives reference log-probs, at `temperatures`."""
 
-    reference: Engine | None
+    reference: Engine | Trunk | None
     temperatures: tuple[float, ...]
     prm: Engine | None  # trained if it trains; its rewards need the reference at temperature 1
     beta: float

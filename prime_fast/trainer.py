@@ -14,10 +14,11 @@ from torch import Tensor
 
 import prime_kernels
 from prime_fast import passes, preflight, prime, profile, step_labels, token_log
-from prime_fast.config import Config, OptimizerConfig
+from prime_fast.config import Config, PolicyConfig, PrmConfig
 from prime_fast.credit import Credit
 from prime_fast.engine import checkpoint, distributed, interrupt
 from prime_fast.engine.batch import Batch, Group
+from prime_fast.engine.lora import Trunk
 from prime_fast.engine.writing import Checkpoints
 from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
@@ -49,13 +50,14 @@ class Trainer:
         self.credit = Credit(config.prime, inputs.tokenizer)
         self.step_labels = step_labels.load(config.prime.step_labels) if config.prime.step_labels else None
         self.watch = Watch(limits_of(config))
-        self.policy = self._engine("policy", config.model.policy, config.policy)
+        self.policy = self._engine("policy", config.policy)
         self.prm = self.reference = None
         if config.uses_prm:
             trained = config.prime.update != "none"
-            self.prm = self._engine("prm", config.model.prm or config.model.policy, config.prm if trained else None)
+            self.prm = self._engine("prm", config.prm if trained else None)
         if config.uses_reference:
-            self.reference = self._engine("reference", config.model.reference or config.model.policy, None)
+            within = {"policy": self.policy, "prm": self.prm}.get(config.reference_within)
+            self.reference = Trunk("reference", within) if within else self._engine("reference", None)
         self._park()
         engine = make_engine(self.plan.engine_config, config.model.policy, inputs.eos_ids, self.policy.dtype, device)
         self.rollout = Fleet(engine, self.policy.weights)
@@ -370,8 +372,10 @@ class Trainer:
         """From any thread: this process ends at once, and the reward's workers with it. So must the engine."""
         self.rollout.kill()
 
-    def _engine(self, role: str, path: str, optimizer: OptimizerConfig | None) -> Engine:
-        return Engine(role, path, self.plan.model(role), self.config.engine, optimizer, self.device)
+    def _engine(self, role: str, optimizer: PolicyConfig | PrmConfig | None) -> Engine:
+        config, adapter = self.config, optimizer and optimizer.lora
+        path, model = config.paths[role], self.plan.model(role)
+        return Engine(role, path, model, config.engine, optimizer, self.device, adapter, config.seed)
 
     def _park(self) -> None:
         """Before the rollout engine wakes on the same GPU: the optimizers' states make room for it."""

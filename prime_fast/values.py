@@ -15,6 +15,7 @@ from prime_fast.watch import WATCHERS
 
 LARGEST = (1 << 31) - 1  # of a count
 DAY = 86400.0  # seconds
+ALL_LINEAR = "all-linear"  # layers that an adapter may be put on
 RECOMPUTE = ("auto", "none", "attention-saved", "all")
 ANSWERS = ("solution", "reasoning", "ground_truth")  # what sft.response may name
 _REPR = reprlib.Repr()
@@ -71,6 +72,12 @@ def _recompute(value: Any) -> Any:
     raise ValueError(f"give {', '.join(RECOMPUTE)}, or how many layers are recomputed")
 
 
+def _targets(value: Any) -> Any:
+    if value == ALL_LINEAR or (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
+        return value
+    raise ValueError(f"give {ALL_LINEAR}, or a list of linear layers such as [q_proj, v_proj]")
+
+
 def _separators(value: Any) -> Any:
     if isinstance(value, str):
         try:
@@ -116,6 +123,7 @@ Tokens = Annotated[
 ]
 Separators = Annotated[str | list[int], BeforeValidator(_separators)]
 Recompute = Annotated[int | str, BeforeValidator(_recompute)]
+Targets = Annotated[str | list[str], BeforeValidator(_targets)]
 Arguments = Annotated[dict[str, JsonValue], AfterValidator(_plain)]
 Watched = Annotated[str, AfterValidator(_watched)]
 Limits = dict[Watched, Annotated[float, Number, Field(allow_inf_nan=False)] | None]

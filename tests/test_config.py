@@ -80,6 +80,9 @@ MISTAKES = {
     "model.policy=": "model.policy=None: input should be a valid string",
     "a=[": "its value is not valid YAML",
     "policy={lr: 1, lr: 2}": "the key lr comes twice",
+    "prm.lora.rnk=8": "unknown key prm.lora.rnk; did you mean prm.lora.rank?",
+    "prm.lora.rank=0": "prm.lora.rank=0: input should be greater than 0",
+    "policy.lora.targets=q_proj": "policy.lora.targets='q_proj': give all-linear, or a list of linear layers",
 }
 
 
@@ -111,12 +114,30 @@ ONE = ["rollout.samples=1", "prime.estimator=reinforce"]
         ),
         (["prm.warmup_steps=3", "prime.process_weight=0"], "set prm.warmup_steps=0, or train one"),
         (["prm.warmup_steps=100"], "the first of steps=100 and leave none that trains the policy; raise steps"),
+        (["prm.lora={}", "prime.process_weight=0"], "prm.lora has no effect with prime.process_weight=0, .*leave it"),
+        (["prm.lora={}", "model.prm=x"], "of the reference, some/model, and model.prm=x .* leave model.prm out"),
+        (["policy.lora={}", "engine.offload=disk"], "set engine.offload=cpu or none, or leave lora out"),
         (["prm.loss=prefix", *ONE, "rollout.keep=[0, 1]"], "set rollout.samples to 2 or more, or prm.loss=response"),
     ],
 )
 def test_contradictions_are_refused(overrides, fix, config_file):
     with pytest.raises(ValueError, match=fix):
         load_config(config_file, overrides)
+
+
+def test_who_is_the_reference(config_file):
+    """The model that an adapter leaves as it was: no weights are held twice."""
+    for overrides, within, prm in (
+        ([], None, "some/model"),
+        (["prm.lora={}"], "prm", "some/model"),
+        (["prm.lora={}", "model.reference=sft", "policy.lora={}"], "prm", "sft"),
+        (["policy.lora={}"], "policy", "some/model"),
+        (["policy.lora={}", "model.reference=sft"], None, "some/model"),
+        (["policy.lora={}", "prime.process_weight=0", "policy.kl_coef=0.1"], "policy", None),
+        (["prm.lora={}", "prime.reference=policy", "model.prm=x"], None, "x"),
+    ):
+        config = load_config(config_file, overrides)
+        assert (config.reference_within, config.paths.get("prm")) == (within, prm), overrides
 
 
 def test_an_alias_is_a_copy(tmp_path):

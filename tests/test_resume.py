@@ -192,6 +192,8 @@ def test_a_checkpoint_that_does_not_say_is_accepted_as_a_whole(moved, capsys):
         (["data.drop=[broken]"], "data.drop was [] and is ['broken']"),
         (["rollout.vllm.seed=1"], "rollout.vllm.seed was None and is 1; put it back, or start"),
         (["reward.timeout=5"], "add --accept reward, or"),
+        (["prm.lora={}"], "prm.lora.rank was None and is 32"),
+        (["prm.lora={}", "--accept", "models"], "would put the checkpoint's adapter on other weights"),
         (["--accept", "data, dta"], "--accept 'dta' is none of data, models, tokenizer, reward, packages"),
     ],
 )

@@ -19,6 +19,7 @@ from prime_fast.cli import main
 from prime_fast.engine import checkpoint, parking, zero
 from prime_fast.engine.batch import Batch
 from prime_fast.engine.distributed import Stop
+from prime_fast.engine.lora import Trunk
 from prime_fast.engine.zero import deepspeed  # imported there after the accelerator is chosen
 from prime_fast.memory.plan import Plan
 from prime_fast.metrics import read_metrics
@@ -170,7 +171,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, workspace, tmp_path):
 
 RANKS = {
     "one row a step, so that a rank idles": ["policy.mini_batch=1", "prm.mini_batch=1"],
-    "several rows": ["prm.loss=prefix", "prm.rows=all", "prm.passes=2", "rollout.keep=[0.3, 0.5]"],
+    "several rows": [*("prm.loss=prefix", "prm.rows=all", "prm.passes=2", "prm.lora={}"), "rollout.keep=[0.3, 0.5]"],
 }
 
 
@@ -207,7 +208,7 @@ def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspac
     settings += ["rollout.keep=[0.3, 0.5]", "policy.schedule=linear", "log.checkpoint_every=1", "log.keep=3"]
     settings += ["prime.credit=pav", "prime.gate=none", "prime.segment=step", "prime.separators='[0-4]'"]
     settings += ["prime.shrink=1.5", "prime.rebase=true"]  # those steps calibrate it
-    settings += [f"prime.step_labels={__file__}:even_is_right"]
+    settings += [f"prime.step_labels={__file__}:even_is_right", "prm.lora={rank: 4}", "prm.lr=1e-2", "policy.lora={}"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     _, *records = run(workspace, whole, *settings)
     start = AutoModelForCausalLM.from_pretrained(workspace / "model").state_dict()
@@ -273,8 +274,12 @@ def streamed(trainer, groups):
     return trainer._given(1, groups).finish()
 
 
-def test_equal_prm_and_reference_reward_exactly_nothing(configure, device):
-    trainer = make_trainer(configure("prm.lr=0"), device)
+@pytest.mark.parametrize(
+    "overrides", [[], ["prm.lora={}"], ["policy.lora={}"], ["prm.lora={}", "model.dtype=bfloat16"]], ids=" ".join
+)
+def test_equal_prm_and_reference_reward_exactly_nothing(overrides, configure, device):
+    trainer = make_trainer(configure("prm.lr=0", *overrides), device)
+    assert isinstance(trainer.reference, Trunk) == bool(overrides)  # no weights of its own
     groups = groups_of(trainer)
     minis = passes.split(Batch.of(groups), 12, 120)
     assert len(minis) > 1 and max(map(len, minis)) > 1
@@ -359,6 +364,8 @@ OPTIONS = [
     ["rollout.importance_cap=0", "policy.mini_batch=1000"],
     ["prm.rows=all", "prm.passes=2", "prime.update=before"],
     ["policy.mini_batch=1000", "prm.mini_batch=1000", "model.recompute=attention-saved"],
+    ["prm.lora={rank: 4}", "policy.lora={targets: [q_proj, down_proj]}", "policy.kl_coef=0.1"],
+    ["policy.lora={}", "prime.update=before", "policy.mini_batch=1000"],
 ]
 
 

@@ -74,6 +74,10 @@ ADDITIONS = {
     "shrunk": Arm("shrunk baseline", ("prime.shrink=1.5",)),
     "fast": Arm("PRM lr 3e-4", ("prm.lr=3.0e-4",)),
     "faster": Arm("PRM lr 1e-3", ("prm.lr=1.0e-3",)),
+    "fastest": Arm("PRM lr 1e-2", ("prm.lr=1.0e-2",)),
+    # a tenth of the model's parameters; an adapter wants about ten times the learning rate
+    "lora": Arm("PRM by LoRA", ("prm.lora.rank=8",)),
+    "policy-lora": Arm("policy by LoRA, lr 1e-3", ("policy.lora.rank=8", "policy.lr=1.0e-3")),
     "ungated": Arm("no gate", ("prime.gate=none",)),
     "rebased": Arm("rebased", ("prime.rebase=true",)),
     "prefix": Arm("prefix loss", ("prm.loss=prefix",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,8 +23,9 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     """Every dotted key of the tree, in the order of declaration."""
     keys = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        kinds = get_args(field.annotation) or (field.annotation,)  # of a section that may be left out: it and None
+        if isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel):
+            keys += known_keys(kinds[0], f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys

@@ -21,6 +21,7 @@ from prime_fast.values import (
     Recompute,
     Separators,
     Share,
+    Targets,
     Tokens,
     VllmArguments,
     Watched,
@@ -131,6 +132,14 @@ class PrimeConfig(Section):
     gamma: tuple[Discount, Discount] = (1.0, 1.0)  # per token, of the process reward and of the outcome
 
 
+class LoraConfig(Section):
+    """An adapter that is trained in the place of the model's own weights: docs/lora.md."""
+
+    rank: Positive = 32
+    alpha: Positive = 32  # the adapter counts alpha / rank times; so the rank hardly changes which lr is right
+    targets: Targets = "all-linear"  # of the decoder layers; or a list of their names, e.g. [q_proj, v_proj]
+
+
 class OptimizerConfig(Section):
     lr: Rate  # learning rate of AdamW
     weight_decay: Rate = 0.0  # of AdamW
@@ -148,6 +157,7 @@ class PolicyConfig(OptimizerConfig):
     entropy_coef: Rate = 0.0  # of a bonus for the entropy, in the loss
     kl_coef: Rate = 0.0  # of the KL to the reference (k3), in the loss
     mean: Literal["token", "row"] = "token"  # loss: mean over tokens, or over rows of the mean over a row's tokens
+    lora: LoraConfig | None = None
 
 
 class PrmConfig(OptimizerConfig):
@@ -159,6 +169,7 @@ class PrmConfig(OptimizerConfig):
     rows: Literal["kept", "all"] = "kept"  # all: then also on the groups that rollout.keep drops; they give no scores
     passes: Positive = 1  # over a step's rows; scores are of the first, but with prime.update=before
     warmup_steps: NotNegative = 0  # first ones of the run's steps, which train the PRM alone
+    lora: LoraConfig | None = None  # on the reference's own weights: one model less in memory
 
 
 class SftConfig(OptimizerConfig):

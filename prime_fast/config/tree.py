@@ -62,6 +62,27 @@ class Config(Section):
     def uses_reference(self) -> bool:
         return (self.uses_prm and self.prime.reference == "sft") or self.policy.kl_coef > 0
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The models of a run: role -> where its weights come from. A PRM of prm.lora has its reference's."""
+        start = self.model.policy
+        reference = self.model.reference or start
+        found = {"policy": start}
+        if self.uses_prm:
+            found["prm"] = self.model.prm or (reference if self.prm.lora and self.uses_reference else start)
+        if self.uses_reference:
+            found["reference"] = reference
+        return found
+
+    @property
+    def reference_within(self) -> str | None:
+        """The model that is the reference where its adapter is off; None where the reference has weights of its own."""
+        if not self.uses_reference:
+            return None
+        if self.uses_prm and self.prm.lora:
+            return "prm"
+        return "policy" if self.policy.lora and self.paths["reference"] == self.model.policy else None
+
     @model_validator(mode="after")
     def consistent(self) -> Config:
         if self.rollout.samples < 2 and self.prime.estimator in ("rloo", "grpo"):
@@ -80,6 +101,7 @@ class Config(Section):
                 "set model.prm to a trained PRM, or prime.update=after"
             )
         _check_prm(self)
+        _check_lora(self)
         if self.prime.reference == "policy" and self.uses_prm and self.rollout.old_logprobs == "engine":
             raise ValueError(
                 "prime.reference=policy needs the trainer's own log-probs (the engine's differ by rounding, which the "
@@ -170,6 +192,23 @@ def _check_prm(config: Config) -> None:
         raise ValueError(
             f"prm.warmup_steps={prm.warmup_steps} are the first of steps={config.steps} and leave none that trains the "
             "policy; raise steps, or lower prm.warmup_steps"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    """An adapter needs something that trains it, and the PRM's the weights that it is to share with the reference."""
+    if config.prm.lora and not (config.uses_prm and config.prime.update != "none"):
+        what = "prime.update=none" if config.uses_prm else "prime.process_weight=0"
+        raise ValueError(f"prm.lora has no effect with {what}, which trains no PRM; leave it out, or train one")
+    if config.prm.lora and config.uses_reference and config.paths["prm"] != config.paths["reference"]:
+        raise ValueError(
+            f"prm.lora is an adapter on the weights of the reference, {config.paths['reference']}, and "
+            f"model.prm={config.model.prm} names others; leave model.prm out, or prm.lora"
+        )
+    if config.engine.offload == "disk" and (config.prm.lora or config.policy.lora):
+        raise ValueError(
+            "engine.offload=disk is not tested with adapters, whose states are small; set engine.offload=cpu or none, "
+            "or leave lora out"
         )
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of the whole loop: what is in them, which there are, and how one is taken up (`writing` makes them).
 
-checkpoints/step-000050/policy, prm    Hugging Face directories for from_pretrained, vLLM, or a later run
+checkpoints/step-000050/policy, prm    Hugging Face directories for from_pretrained, vLLM, or a later run; with
+                                       policy.lora and prm.lora merged, and in adapter/ the adapter for peft
 checkpoints/step-000050/state          a folder an engine with a file a rank (`shards`), trainer.pt (sampler, surplus
                                        groups, counters), identity.json: what it was made with (`identity`)
 checkpoints/step-000050/manifest.json  size and checksum of every file (`manifest`), and how good these very weights are

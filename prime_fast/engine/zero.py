@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
-from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
+from prime_fast.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig
 from prime_fast.data.models import source
-from prime_fast.engine import distributed, layers, recompute, shards, ulysses
+from prime_fast.engine import distributed, layers, lora, recompute, shards, ulysses
 from prime_fast.engine.model import PackedLM, training_dtype
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.parking import Parking
@@ -44,10 +44,12 @@ gc.freeze()  # what was imported need not be walked whenever DeepSpeed collects 
 partition_parameters.DEFAULT_TENSOR_OVERRIDES.remove(partition_parameters.DeepSpeedTensorOverride.dtype)
 
 GATHER_BYTES = 1 << 30  # parameters gathered at a time when weights leave the engine
+REDUCE_BUCKET = 500_000_000  # elements of gradients reduced at a time, unless told otherwise: DeepSpeed's default
 WEIGHT_FILES, SHARD = "model{suffix}.safetensors", "50GB"  # as transformers names and cuts them
 
 
 Content = bytes | Mapping[str, Tensor]  # of a file; tensors become a .safetensors
+Part = tuple[str, list[nn.Parameter], float]  # a weight's name, and what lora.product makes it of
 
 
 class StepResult(NamedTuple):
@@ -69,7 +71,8 @@ def start(hang: float = distributed.HANG) -> torch.device:
 
 
 class Engine:
-    """One causal LM under ZeRO-3, called by its `role` (policy, prm, ...): trained if `optimizer` is given.
+    """One causal LM under ZeRO-3, called by its `role` (policy, prm, ...): trained if `optimizer` is given; with
+    `adapter` its LoRA alone, whose first weights `seed` draws.
 
     Parameters are in the training dtype; master weights, AdamW states and the sum of gradients in float32.
     Every rank must call run, backward, step, weights and save the same number of times.
@@ -85,6 +88,8 @@ class Engine:
         engine: EngineConfig,
         optimizer: OptimizerConfig | None,
         device: torch.device,
+        adapter: LoraConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self.role, self.device = role, device
         self.trains = optimizer is not None
@@ -92,9 +97,17 @@ class Engine:
         self.sequence_group = ulysses.sequence_group(engine.sequence_parallel)
         settings = deepspeed_config(role, engine, optimizer, self.dtype)
         with progress(f"loading the {role} model", at_once=True):
-            self._load(path, model, optimizer, settings)
+            self._load(path, model, optimizer, settings, adapter, seed)
 
-    def _load(self, path: str, model: ModelConfig, optimizer: OptimizerConfig | None, settings: dict) -> None:
+    def _load(
+        self,
+        path: str,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None,
+        settings: dict,
+        adapter: LoraConfig | None,
+        seed: int,
+    ) -> None:
         lm = load_sharded(path, self.dtype, settings)
         lm.config.use_cache = False
         layers.fuse(lm, model.layers, self.device)
@@ -104,10 +117,14 @@ class Engine:
         self.attention = attention_share(lm)
         for parameter in module.parameters():
             parameter.requires_grad_(self.trains)
+        self.adapter = lora.Adapter(lm, self.role, path, adapter, seed) if adapter else None
+        if self.adapter:  # whose gradients need no more room than all of them take
+            elements = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            settings["zero_optimization"]["reduce_bucket_size"] = min(elements, REDUCE_BUCKET)
         adam = None
         if optimizer is not None:
             adam = torch.optim.AdamW(
-                module.parameters(),
+                [parameter for parameter in module.parameters() if parameter.requires_grad],
                 lr=optimizer.lr,
                 weight_decay=optimizer.weight_decay,
                 fused=self.device.type == "cuda",
@@ -122,6 +139,11 @@ class Engine:
     @property
     def lm(self) -> PreTrainedModel:
         return self.deepspeed.module.lm
+
+    @property
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that train, by name: all, or the adapter's."""
+        return [(name, parameter) for name, parameter in self.lm.named_parameters() if parameter.requires_grad]
 
     def run(self, pack: Pack, op: Any) -> Any:
         """Packed forward through the LM-head op; see PackedLM.forward. The pack must be on `self.device`."""
@@ -153,8 +175,10 @@ class Engine:
             self.parking.unpark()
 
     def parameters_without_gradient(self) -> list[str]:
-        """Names of parameters whose first AdamW moment is zero everywhere: no gradient has reached them yet."""
-        named = list(self.lm.named_parameters())
+        """Names of parameters whose first AdamW moment is zero everywhere: no gradient has reached them yet. Of an
+        adapter only B is looked at: A's gradient is zero as long as B is.
+        """
+        named = [(name, parameter) for name, parameter in self.trained if not self.adapter or ".lora_B." in name]
         reached = torch.tensor(
             [float(safe_get_local_optimizer_state(p, "exp_avg").count_nonzero() > 0) for _, p in named],
             device=self.device,
@@ -162,25 +186,32 @@ class Engine:
         distributed.sum_(reached)
         return [name for (name, _), ranks in zip(named, reached.tolist(), strict=True) if ranks == 0]
 
-    @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor) of every parameter, gathered bucket by bucket.
+        """(Hugging Face name, full tensor) of every parameter, gathered bucket by bucket; with the adapter merged.
 
         A tensor is valid until the next one is asked for; tied parameters appear once.
         """
-        for bucket in _buckets(self.lm.named_parameters()):
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-                for name, parameter in bucket:
-                    yield name, parameter.data
+        return _gathered(self._parts())
+
+    def _parts(self) -> Iterator[Part]:
+        for name, parameter in self.lm.named_parameters():
+            if self.adapter is None:
+                yield name, [parameter], 0.0
+            elif not lora.is_adapter(name):
+                yield self.adapter.parts(name, parameter)
 
     def exported(self, tokenizer: Any) -> dict[str, Content]:
         """The files of a directory that `AutoModelForCausalLM.from_pretrained` loads, in host memory, until the next
-        call; of rank 0, for which all ranks gather."""
+        call; of rank 0, for which all ranks gather. With an adapter, that lies in a folder of its own as well."""
         here = distributed.rank() == 0
-        state = {}
+        state, adapter = {}, {}
         for name, tensor in self.weights():
             if here:
                 state[name] = self.whole(name, tensor)
+        apart = self.trained if self.adapter else ()
+        for name, tensor in _gathered((lora.saved_name(name), [parameter], 0.0) for name, parameter in apart):
+            if here:
+                adapter[name] = self.whole(name, tensor)
         if not here:
             return {}
         state = revert_weight_conversion(self.lm, state | self._buffers())
@@ -192,22 +223,25 @@ class Engine:
         if parts.is_sharded:
             index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
             files["model.safetensors.index.json"] = json.dumps(index, indent=2, sort_keys=True).encode()
+        if adapter:
+            files[f"{lora.FOLDER}/adapter_model.safetensors"] = adapter
         if self.papers is None:
             self.papers = self._papers(tokenizer)
         return self.papers | files
 
     def states(self) -> dict[str, Tensor]:
-        """This rank's part of float32 weights and optimizer states, for `load_states` of however many ranks, in host
-        memory, until the next call; empty with engine.offload=disk, whose step count DeepSpeed does not give back."""
+        """This rank's part of float32 weights and optimizer states of what trains, for `load_states` of however many
+        ranks, in host memory, until the next call; empty with engine.offload=disk, whose step count DeepSpeed does not
+        give back."""
         optimizer = self.deepspeed.optimizer
         if optimizer.swap_optimizer:
             return {}
         buffers = {f"buffer/{name}": tensor for name, tensor in self._buffers().items()}
-        return shards.copied(optimizer, list(self.lm.named_parameters()), self.copies) | buffers
+        return shards.copied(optimizer, self.trained, self.copies) | buffers
 
     def load_states(self, directory: Path) -> None:
         self.unpark()
-        shards.restore(self.deepspeed.optimizer, list(self.lm.named_parameters()), directory)
+        shards.restore(self.deepspeed.optimizer, self.trained, directory)
         with safe_open(directory / shards.file_name(0), "pt") as file, torch.no_grad():
             for name in self._buffers():
                 self.lm.get_buffer(name).copy_(file.get_tensor(f"buffer/{name}"))
@@ -225,6 +259,8 @@ class Engine:
             self.lm.save_pretrained(folder, state_dict={})
             config.use_cache = False
             tokenizer.save_pretrained(folder)
+            if self.adapter:
+                self.adapter.config.save_pretrained(Path(folder, lora.FOLDER))
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -278,14 +314,22 @@ def deepspeed_config(
     }
 
 
-def _buckets(parameters: Iterator[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+@torch.no_grad()
+def _gathered(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
+    for bucket in _buckets(parts):
+        with deepspeed.zero.GatheredParameters([parameter for _, parameters, _ in bucket for parameter in parameters]):
+            for name, parameters, scale in bucket:
+                yield name, lora.product(scale, *(parameter.data for parameter in parameters))
+
+
+def _buckets(parts: Iterable[Part]) -> Iterator[list[Part]]:
     bucket, size = [], 0
-    for name, parameter in parameters:
-        bytes_ = parameter.ds_numel * parameter.element_size()
+    for part in parts:
+        bytes_ = sum(parameter.ds_numel * parameter.element_size() for parameter in part[1])
         if bucket and size + bytes_ > GATHER_BYTES:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, parameter))
+        bucket.append(part)
         size += bytes_
     if bucket:
         yield bucket

@@ -31,14 +31,19 @@ class GPURows:
         return self.logit_rows
 
 
-def saved_by_layer(shape: Shape, width: int) -> int:
+def saved_by_layer(shape: Shape, width: int, ranks: int = 0) -> int:
     """Bytes a token that a decoder layer keeps for its backward: of each norm its input in float32, the normed input
     and the output; queries, keys and values with the heads repeated, the attention's output (and the copy of it that
-    enters o_proj), a float32 log-sum-exp a head; gate, its activation, up, their product."""
-    norms = 2 * (shape.hidden * (4 + 2 * width) + 4)
-    queries = shape.normed_heads * (shape.head_size * (4 + width) + 4)
+    enters o_proj), a float32 log-sum-exp a head; gate, its activation, up, their product.
+
+    ranks: of a layer's adapters together, whose inner products are kept as well. The weights are frozen then, and a
+    norm whose weight is needs no normed input; with adapters on some of the linear layers alone it may be less.
+    """
+    normed = 0 if ranks else width
+    norms = 2 * (shape.hidden * (4 + width + normed) + 4)
+    queries = shape.normed_heads * (shape.head_size * (4 + normed) + 4)
     attention = shape.heads * (5 * shape.head_size * width + 4)
-    return norms + queries + attention + 4 * shape.intermediate * width
+    return norms + queries + attention + 4 * shape.intermediate * width + ranks * width
 
 
 def attention_outputs(shape: Shape, width: int) -> int:
@@ -46,13 +51,17 @@ def attention_outputs(shape: Shape, width: int) -> int:
     return shape.heads * (shape.head_size * width + 4)
 
 
-def saved(shape: Shape, width: int, recompute: Recompute) -> int:
-    """Bytes a token that the whole model keeps until its backward begins: of a recomputed layer its input."""
+def saved(shape: Shape, width: int, recompute: Recompute, ranks: int = 0) -> int:
+    """Bytes a token that the whole model keeps until its backward begins: of a recomputed layer its input.
+
+    ranks: see saved_by_layer. No gradient goes through the first norm of a frozen model.
+    """
     kept = shape.hidden * width + (attention_outputs(shape, width) if recompute.attention else 0)
-    layers = recompute.layers * kept + (recompute.of - recompute.layers) * saved_by_layer(shape, width)
-    last_norm = shape.hidden * (4 + width) + 4
+    layers = recompute.layers * kept + (recompute.of - recompute.layers) * saved_by_layer(shape, width, ranks)
+    first_norm = shape.hidden * 4 + 4 if ranks and not recompute.layers else 0
+    last_norm = shape.hidden * (4 if ranks else 4 + width) + 4
     rotation = 2 * shape.head_size * width
-    return layers + last_norm + rotation
+    return layers - first_norm + last_norm + rotation
 
 
 def working(shape: Shape, width: int) -> int:
@@ -62,18 +71,24 @@ def working(shape: Shape, width: int) -> int:
 
 @cache
 def head_buffers(
-    shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, backward: bool, longest: int | None = None
+    shape: Shape,
+    tokens: int,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    backward: bool,
+    longest: int | None = None,
+    frozen: bool = False,
 ) -> int:
     """Bytes that prime_kernels.linear_fused.Head allocates, counted from a real one on the meta device.
 
     longest: tokens of a response, for prm_loss of whole responses: it makes dlogits ahead, and sums those of a long
-    one's parts apart.
+    one's parts apart. frozen: the weight needs no gradient.
     """
     rows_type = GPURows if on_gpu else CPURows
     hidden = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
     weight = torch.empty(shape.vocabulary, shape.hidden, dtype=dtype, device="meta")
     ahead = backward and longest is not None
-    head = Head(rows_type, hidden, weight, None, 1.0, None, (backward, backward, False), ahead=ahead)
+    head = Head(rows_type, hidden, weight, None, 1.0, None, (backward, backward and not frozen, False), ahead=ahead)
     aside = head.sums.empty_like() if ahead and longest > head.kernel.chunk_rows else ()
     given = {id(hidden), id(weight)}
     tensors = [x for x in (*vars(head).values(), *head.sums, *aside) if isinstance(x, torch.Tensor)]
@@ -93,26 +108,37 @@ def scoring(role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bo
 
 
 def training(
-    role: str, shape: Shape, tokens: int, dtype: torch.dtype, on_gpu: bool, recompute: Recompute, longest: int | None
+    role: str,
+    shape: Shape,
+    tokens: int,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    recompute: Recompute,
+    longest: int | None,
+    ranks: int = 0,
 ) -> dict[str, list[Item]]:
-    """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding.
+    """The moments of a forward and backward: in the LM head, in its backward, in the last layer's, at the embedding,
+    which a frozen model's does not reach.
 
-    longest: see head_buffers.
+    longest: see head_buffers; ranks: see saved_by_layer.
     """
-    width = dtype.itemsize
-    kept = Item(f"{role}: activations", tokens * saved(shape, width, recompute))
+    width, frozen = dtype.itemsize, ranks > 0
+    kept = Item(f"{role}: activations", tokens * saved(shape, width, recompute, ranks))
     stream = Item(f"{role}: hidden states", tokens * 2 * shape.hidden * width)
-    buffers = head_buffers(shape, tokens, dtype, on_gpu, backward=True, longest=longest)
+    buffers = head_buffers(shape, tokens, dtype, on_gpu, backward=True, longest=longest, frozen=frozen)
     head = Item(f"{role}: LM-head buffers", buffers)
     # the gradients that the forward made, and backward's scaled copies of them (linear_loss.py _scaled)
-    gradients = Item(f"{role}: LM-head gradients", 2 * width * (shape.head + tokens * shape.hidden))
+    weight = 0 if frozen else shape.head
+    gradients = Item(f"{role}: LM-head gradients", 2 * width * (weight + tokens * shape.hidden))
     layer = working(shape, width)
     if recompute.layers == recompute.of:  # else the last layer is not, and its activations make room for the others'
-        layer += saved_by_layer(shape, width) - (attention_outputs(shape, width) if recompute.attention else 0)
-    tied = Item(f"{role}: tied LM-head gradient", width * shape.head if shape.tied else 0)
-    return {
+        layer += saved_by_layer(shape, width, ranks) - (attention_outputs(shape, width) if recompute.attention else 0)
+    tied = Item(f"{role}: tied LM-head gradient", width * weight if shape.tied else 0)
+    moments = {
         "head": [kept, stream, head],
         "head backward": [kept, stream, gradients],
         "layer backward": [kept, Item(f"{role}: inside a layer", tokens * layer), tied],
-        "embedding backward": [tied, Item(f"{role}: embedding gradient", width * shape.head)],
     }
+    if not frozen:
+        moments["embedding backward"] = [tied, Item(f"{role}: embedding gradient", width * shape.head)]
+    return moments

@@ -14,7 +14,7 @@ from prime_fast.engine.recompute import Recompute
 from prime_fast.memory import passes
 from prime_fast.memory.items import Item, total
 from prime_fast.memory.rollouts import CONTEXT, NCCL, OWN_GPU_SHARE, Rollout
-from prime_fast.memory.shapes import shape
+from prime_fast.memory.shapes import adapter, shape
 from prime_fast.memory.states import RANK_0, States
 from prime_fast.preflight import CHECK_PROMPTS, CHECK_TOKENS
 
@@ -26,19 +26,9 @@ STEP = " step"  # "policy step" is the optimizer step inside the phase "policy"
 Moment = list[Item]
 
 
-def models(config: Config) -> dict[str, str]:
-    """The trainer's models: role -> path."""
-    found = {"policy": config.model.policy}
-    if config.uses_prm:
-        found["prm"] = config.model.prm or config.model.policy
-    if config.uses_reference:
-        found["reference"] = config.model.reference or config.model.policy
-    return found
-
-
 def alone(config: Config) -> Config:
     """Of a run that trains the policy as this one does, and holds nothing else."""
-    changes = {"prime": {"process_weight": 0.0}, "policy": {"kl_coef": 0.0}, "rollout": {"engine": "hf"}}
+    changes = {"prime": {"process_weight": 0.0}, "policy": {"kl_coef": 0.0, "lora": None}, "rollout": {"engine": "hf"}}
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
     )
@@ -57,10 +47,10 @@ class Plan:
         self.config, self.ranks, self.card, self.on_gpu = config, ranks, card, on_gpu
         self.place = "GPU" if on_gpu else "host"
         self.dtype = training_dtype(config.model, torch.device("cuda:0" if on_gpu else "cpu"))
-        optimizers = {"policy": config.policy, "prm": config.prm if config.prime.update != "none" else None}
         self.states = {
-            role: States(role, shape(path), self.dtype, ranks, config.engine, optimizers.get(role), on_gpu)
-            for role, path in models(config).items()
+            role: self._states(role, path)
+            for role, path in config.paths.items()
+            if role != "reference" or config.reference_within is None
         }
         self.rollout = Rollout(config, self.states["policy"].shape, self.dtype, card, on_gpu)
         # an engine whose share was given may have room beside them
@@ -71,6 +61,13 @@ class Plan:
         self.recompute = {role: self._recompute(states) for role, states in self.states.items() if states.trained}
         self.moments = dict(self._moments())
         self.phases = {name: max(moments, key=self._size) for name, moments in self.moments.items()}
+
+    def _states(self, role: str, path: str) -> States:
+        config = self.config
+        optimizers = {"policy": config.policy, "prm": config.prm if config.prime.update != "none" else None}
+        optimizer = optimizers.get(role)
+        adapted = adapter(path, role, optimizer and optimizer.lora)
+        return States(role, shape(path), self.dtype, self.ranks, config.engine, optimizer, self.on_gpu, adapted)
 
     @property
     def limit(self) -> float:
@@ -162,8 +159,9 @@ class Plan:
         yield "resume", [self._whole([*rollout.asleep(), *imported])]
         yield "generate", [self._beside_engine(rollout.awake())]
         policy, prm = self.states["policy"], self.states.get("prm")
-        if prm or "reference" in self.states:
-            yield "reference", self._scored(self.states.get("reference", policy))
+        if prm or config.uses_reference:
+            within = self.states[config.reference_within or "policy"]
+            yield "reference", self._scored(self.states.get("reference", within))
         if prm:
             yield from self._trained(prm) if prm.trained else [("prm", self._scored(prm))]
         if config.rollout.old_logprobs != "engine":
@@ -208,7 +206,7 @@ class Plan:
     def _recompute(self, states: States) -> Recompute:
         setting, of = self.config.model.recompute, states.shape.layers
         if setting != "auto":
-            return Recompute.fixed(setting, of, models(self.config)[states.role])
+            return Recompute.fixed(setting, of, self.config.paths[states.role])
         if not self.on_gpu or self.card is None:
             return Recompute(0, of)
 
@@ -230,7 +228,9 @@ class Plan:
         config = self.config
         tokens = config.engine.micro_tokens
         longest = config.rollout.max_response if states.role == "prm" and config.prm.loss == "response" else None
-        moments = passes.training(states.role, states.shape, tokens, self.dtype, self.on_gpu, recompute, longest)
+        ranks = states.optimizer.lora.rank * (len(states.adapter) // 2) // states.shape.layers if states.adapter else 0
+        sizes = states.shape, tokens, self.dtype, self.on_gpu
+        moments = passes.training(states.role, *sizes, recompute, longest, ranks)
         for name, moment in moments.items():
             yield [*self._placed(moment), *states.gathered(), *(states.reducing() if name != "head" else [])]
 
@@ -251,7 +251,7 @@ class Plan:
 
     def _blocks(self) -> Moment:
         """The pinned blocks that trained parameters were loaded into serve frozen ones, or are kept for nothing."""
-        frozen = not all(states.trained for states in self.states.values())
+        frozen = any(states.adapter or not states.trained for states in self.states.values())
         return [] if frozen else self.states["policy"].loaded_into()
 
     def _copies(self) -> Moment:

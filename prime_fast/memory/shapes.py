@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from prime_fast.config import LoraConfig
 from prime_fast.data.models import model_config
+from prime_fast.engine.lora import Adapter, is_adapter
 
 FUSED_BY_VLLM = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
@@ -65,8 +67,7 @@ class Shape:
 def shape(path: str) -> Shape:
     """Raises ValueError if there is no config at `path`. Nothing is built: parameters live on the meta device."""
     config = model_config(path)
-    with torch.device("meta"):  # accelerate's init_empty_weights would untie the head
-        parameters = tuple((name, p.numel()) for name, p in AutoModelForCausalLM.from_config(config).named_parameters())
+    parameters = tuple((name, p.numel()) for name, p in _empty(path).named_parameters())
     heads = config.num_attention_heads
     return Shape(
         parameters,
@@ -79,3 +80,21 @@ def shape(path: str) -> Shape:
         config.vocab_size,
         config.tie_word_embeddings,
     )
+
+
+def adapter(path: str, role: str, lora: LoraConfig | None) -> tuple[tuple[str, int], ...]:
+    """(name, elements) of the adapter's parameters: none without one. Raises ValueError as engine.lora.Adapter does."""
+    return () if lora is None else _adapter(path, role, lora.model_dump_json())
+
+
+@cache
+def _adapter(path: str, role: str, lora: str) -> tuple[tuple[str, int], ...]:
+    lm = _empty(path)
+    with torch.device("meta"):
+        Adapter(lm, role, path, LoraConfig.model_validate_json(lora))
+    return tuple((name, p.numel()) for name, p in lm.named_parameters() if is_adapter(name))
+
+
+def _empty(path: str) -> PreTrainedModel:
+    with torch.device("meta"):  # accelerate's init_empty_weights would untie the head
+        return AutoModelForCausalLM.from_config(model_config(path))

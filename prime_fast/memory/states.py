@@ -5,7 +5,7 @@ Files named in comments are DeepSpeed's, under deepspeed/runtime/zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -25,7 +25,10 @@ NORM = 8  # bytes an element: norms are taken in float64 (utils.py get_norm_dtyp
 
 @dataclass(frozen=True)
 class States:
-    """One engine of the trainer; `optimizer` is None where it is frozen. `on_gpu` is False on a machine without one."""
+    """One engine of the trainer; `optimizer` is None where it is frozen. `on_gpu` is False on a machine without one.
+
+    adapter: (name, elements) of what trains in the place of the parameters of `shape` (memory/shapes.py adapter).
+    """
 
     role: str
     shape: Shape
@@ -34,6 +37,17 @@ class States:
     engine: EngineConfig
     optimizer: OptimizerConfig | None
     on_gpu: bool = True
+    adapter: tuple[tuple[str, int], ...] = ()
+
+    @cached_property
+    def whole(self) -> Shape:
+        """With the adapter's parameters."""
+        return replace(self.shape, parameters=(*self.shape.parameters, *self.adapter))
+
+    @cached_property
+    def training(self) -> Shape:
+        """Of the parameters that train."""
+        return replace(self.shape, parameters=self.adapter) if self.adapter else self.shape
 
     @cached_property
     def settings(self) -> dict:
@@ -69,13 +83,14 @@ class States:
 
     @cached_property
     def partition(self) -> int:
-        return self.shape.partition(self.ranks)
+        """Of the parameters that train."""
+        return self.training.partition(self.ranks)
 
     @cached_property
     def sub_groups(self) -> list[int]:
         """Elements of the groups that are stepped one after another (stage3.py _create_fp16_sub_groups)."""
         groups = [0]
-        for _, count in self.shape.parameters:
+        for _, count in self.training.parameters:
             if groups[-1] >= self.zero.sub_group_size:
                 groups.append(0)
             groups[-1] += -(-count // self.ranks)
@@ -123,26 +138,29 @@ class States:
         parameters is copied out of its buffer (partition_parameters.py AllGatherCoalescedHandle)."""
         if not self.gathers:
             return []
-        live = min(self.shape.count, self.zero.max_live_parameters)
+        live = min(self.whole.count, self.zero.max_live_parameters)
         inside = max(count for name, count in self.shape.parameters if count != self.shape.head)
-        buffer = min(self.shape.count, self.zero.prefetch_bucket_size + inside) if self.ranks > 1 else 0
+        buffer = min(self.whole.count, self.zero.prefetch_bucket_size + inside) if self.ranks > 1 else 0
         return [
             self._item("gathered parameters", self.width * live),
             self._item("all-gather buffer", self.width * buffer),
         ]
 
     def gathered_for_export(self) -> list[Item]:
-        """One bucket of engine/zero.py `weights`; a larger parameter is a bucket of its own."""
+        """One bucket of engine/zero.py `weights`; a larger parameter is a bucket of its own. A weight that an adapter
+        is merged into is made twice in float32 (engine/lora.py product)."""
+        inside = max(count for name, count in self.shape.parameters if count != self.shape.head)
+        items = [self._item("merged weight", (2 * 4 + self.width) * inside)] if self.adapter else []
         if not self.gathers:
-            return []
-        size = min(self.width * self.shape.count, max(GATHER_BYTES, self.width * self.shape.largest))
-        return [self._item("parameters gathered for export", size)]
+            return items
+        size = min(self.width * self.whole.count, max(GATHER_BYTES, self.width * self.shape.largest))
+        return [*items, self._item("parameters gathered for export", size)]
 
     def reducing(self) -> list[Item]:
         """Besides the bucket: a gradient on its way into it, and the bucket laid out anew for the reduce-scatter
         (coalesced_collectives.py reduce_scatter_coalesced)."""
-        inside = max(count for name, count in self.shape.parameters if count != self.shape.head)
-        bucket = min(self.zero.reduce_bucket_size, self.shape.count)
+        inside = max(count for name, count in self.training.parameters if count != self.shape.head)
+        bucket = min(self.zero.reduce_bucket_size, self.training.count)  # what is in it
         converted = self.gradient_width * bucket // self.ranks if self.gradient_width != self.width else 0
         return [
             self._item("a layer's gradient", self.width * inside),
@@ -151,7 +169,7 @@ class States:
 
     def stepping(self) -> list[Item]:
         """stage3.py step: norms parameter by parameter, then a flat float32 gradient of one sub-group at a time."""
-        largest = -(-self.shape.largest // self.ranks)
+        largest = -(-self.training.largest // self.ranks)
         if self.offloaded and self.on_gpu:  # _offload_grad_partition_at_boundary; the rest happens on the host
             return [self._item("gradients on their way to the host", (self.gradient_width + NORM) * largest)]
         flat = self.gradient_width if self.gradient_width != MASTER else 0  # is converted, then given up
@@ -169,7 +187,7 @@ class States:
         states = 0 if self.engine.offload == "disk" else sum(3 * hold(MASTER * group) for group in self.sub_groups)
         return [
             self._item("copy for the disk", states, "host"),
-            self._item(f"copy of the whole model for the disk, {RANK_0}", self.width * self.shape.count, "host"),
+            self._item(f"copy of the whole model for the disk, {RANK_0}", self.width * self.whole.count, "host"),
         ]
 
     def imported(self) -> list[Item]:
@@ -178,20 +196,23 @@ class States:
         return [self._item("states on their way from disk", size, "host")]
 
     def checkpoint_bytes(self) -> int:
-        """Of all ranks: the Hugging Face copy, float32 weights and moments. Frozen engines are not written."""
+        """Of all ranks: the Hugging Face copy, an adapter beside it, float32 weights and moments. Frozen engines are
+        not written."""
         if not self.trained:
             return 0
-        return self.width * self.shape.count + (MASTER + MOMENTS) * self.partition * self.ranks
+        return self.width * self.whole.count + (MASTER + MOMENTS) * self.partition * self.ranks
 
     def _parameters(self) -> list[Item]:
-        size, offload = self.width * self.partition, self.engine.offload
+        size, offload = self.width * self.whole.partition(self.ranks), self.engine.offload
         if offload == "none" or not self.on_gpu:
             return [self._item("parameters", size, "GPU" if offload != "disk" else "disk")]
         threshold = self.zero.param_persistence_threshold  # parameter_offload.py mark_persistent_parameters
-        small = sum(count for _, count in self.shape.parameters if count <= threshold)
+        small = sum(count for _, count in self.whole.parameters if count <= threshold)
         items = [self._item("small parameters", self.width * small)]
-        if offload == "cpu":  # a trained engine moves them to one flat buffer
-            return [*items, self._item("parameters", pinned(size) if self.trained else self._blocks, "host")]
+        if offload == "cpu":  # those that train move to one flat buffer
+            flat = pinned(self.width * self.partition) if self.trained else 0
+            left = self._blocks if self.adapter or not self.trained else 0
+            return [*items, self._item("parameters", flat + left, "host")]
         buffers = self._offload_param.buffer_count * self._offload_param.buffer_size
         kept = min(self.partition, self._offload_param.max_in_cpu) if self.trained else 0
         return [
@@ -205,8 +226,8 @@ class States:
         offload = self.engine.offload
         where = self._resting_place
         bucket = self.zero.reduce_bucket_size
-        if not self.on_gpu:  # untouched pages of a buffer take no memory
-            bucket = min(bucket, self.shape.count)
+        if self.adapter or not self.on_gpu:  # untouched pages of a buffer take no memory
+            bucket = min(bucket, self.training.count)
         gradients = self.gradient_width * self.partition
         items = [
             # for float32 parameters too: _create_fp32_partitions compares a device with its name, and shares nothing
@@ -226,8 +247,10 @@ class States:
         return [*items, self._item("float32 gradients", flat, "host")]
 
     def loaded_into(self) -> list[Item]:
-        """The pinned blocks, one a parameter, that an engine offloaded to the CPU was loaded into; torch keeps them."""
-        blocks = self._blocks if self.engine.offload == "cpu" and self.on_gpu else 0
+        """The pinned blocks, one a parameter, that an engine offloaded to the CPU was loaded into, if it is not there
+        that its parameters stay; torch keeps them."""
+        left = self.engine.offload == "cpu" and self.on_gpu and not self.adapter
+        blocks = self._blocks if left else 0
         return [self._item("pinned blocks left from loading", blocks, "host")]
 
     @property

@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 from prime_fast.memory.advice import UTILIZATION, apply, row_share
-from prime_fast.memory.plan import Plan, models
-from prime_fast.memory.shapes import shape
+from prime_fast.memory.plan import Plan
 from prime_fast.speed import rollouts
 from prime_fast.speed.rates import Rates
 from prime_fast.speed.step import EVERY, Machine, Pass, Rows, passes_per_step
@@ -82,9 +81,10 @@ class Seconds:
     def machine(self, role: str) -> Machine:
         config, plan = self.config, self.plan
         offload = config.engine.offload != "none"
-        path = models(config).get(role, config.model.policy)
+        states = plan.states.get(role, plan.states[config.reference_within or "policy"])
+        trained = states.training.count if states.adapter else None
         parallel = config.engine.sequence_parallel
-        return Machine(shape(path), self.rates, plan.ranks, NODE, plan.dtype.itemsize, offload, parallel)
+        return Machine(states.shape, self.rates, plan.ranks, NODE, plan.dtype.itemsize, offload, parallel, trained)
 
     def micro_batches(self, rows: Rows) -> float:
         """Of each rank, for one run over the rows: packs are nearly full."""
@@ -99,7 +99,7 @@ class Seconds:
         rows = self.every if made.rows == EVERY else self.rows
         steps = made.steps * rows.count / self.rows.count
         micro_batches = max(self.micro_batches(rows), steps / runs)
-        seconds = machine.pass_seconds(rows, made.units, micro_batches, made.trains, runs, made.kept)
+        seconds = machine.pass_seconds(rows, made.units, micro_batches, made.trains, runs, made.kept, made.spared)
         return seconds + steps * machine.optimizer_step()
 
     @property

@@ -12,7 +12,7 @@ from prime_fast.memory.shapes import Shape
 from prime_fast.speed.rates import Rates
 
 OPTIMIZER_BYTES = 40  # a parameter: gradient read for its norm and again; master, two moments in and out; weight out
-HEAD = {False: 1, True: 3}  # matrix products of the LM head: its gradients come out of its forward, nothing is redone
+HEAD = 3  # matrix products of the LM head that trains: its gradients come out of its forward, nothing is redone
 
 
 KEPT, EVERY = "kept responses", "every response"
@@ -26,6 +26,7 @@ class Pass(NamedTuple):
     steps: int = 0  # optimizer steps on kept responses
     trains: bool = False
     kept: float = 0.0  # of the units, those that attention is spared because its outputs are kept
+    spared: float = 0.0  # of the units, those that the layers are spared because their weights are frozen
 
 
 def passes_per_step(config: Config, recompute: Mapping[str, Recompute]) -> list[Pass]:
@@ -34,9 +35,10 @@ def passes_per_step(config: Config, recompute: Mapping[str, Recompute]) -> list[
     def trained(role: str, what: str, rows: str, steps: int, runs: int = 1) -> Pass:
         found = recompute[role]
         again = runs * found.layers / found.of
+        spared = float(runs) if getattr(config, role).lora else 0.0  # half of a backward: the weights' gradients
         made = f"{what} forward and backward, {steps} optimizer steps"
         made += " and those of dropped groups" if rows == EVERY else ""
-        return Pass(role, made, rows, 3.0 * runs + again, steps, True, again if found.attention else 0.0)
+        return Pass(role, made, rows, 3.0 * runs + again, steps, True, again if found.attention else 0.0, spared)
 
     steps = {
         name: max(1, round(config.rollout.prompts * config.rollout.samples / section.mini_batch))
@@ -94,12 +96,17 @@ class Machine:
     width: int = 2  # bytes a parameter in the forward, and a gradient on its way
     offload: bool = False  # parameters and optimizer states rest in host memory
     sequence_parallel: int = 1  # ranks that hold a micro-batch together
+    trained: int | None = None  # parameters that train, if not all
     fused_layers: bool = False
 
     @property
     def products(self) -> int:
         """Parameters that every token is multiplied with: not the embedding, nor the LM head."""
         return max(1, self.shape.count - self.shape.head * (1 if self.shape.tied else 2))
+
+    @property
+    def trains(self) -> int:
+        return self.shape.count if self.trained is None else self.trained
 
     @property
     def flops(self) -> float:
@@ -114,22 +121,22 @@ class Machine:
             "head": 2 * shape.head * rows.responses,
         }
 
-    def computing(self, rows: Rows, units: float, heads: float, kept: float = 0.0) -> float:
-        """Seconds of `units` forwards, `kept` of them without attention, and `heads` products of the LM head, were
-        they all that there is."""
+    def computing(self, rows: Rows, units: float, heads: float, kept: float = 0.0, spared: float = 0.0) -> float:
+        """Seconds of `units` forwards, `kept` of them without attention and `spared` without the layers' products, and
+        `heads` products of the LM head, were they all that there is."""
         rates, flops = self.rates, self.forward_flops(rows)
         layers = rates.layers if self.fused_layers else rates.layers * rates.hf_layers
-        spent = units * flops["layers"] / layers + (units - kept) * flops["attention"] / rates.attention
+        spent = (units - spared) * flops["layers"] / layers + (units - kept) * flops["attention"] / rates.attention
         spent += heads * flops["head"] / rates.head
         return spent / self.flops / self.ranks / rates.balance
 
     def traffic(self, trains: bool) -> float:
         """Seconds that one micro-batch's parameters take to be gathered, and its gradients to be reduced."""
-        rates, whole = self.rates, self.shape.count * self.width
-        moves = 3 if trains else 1  # for the forward, for the backward; gradients
+        rates = self.rates
+        moved = self.shape.count + (self.shape.count + self.trains if trains else 0)  # forward; backward, gradients
         link = rates.link if self.ranks <= self.node else rates.network
-        seconds = moves * whole * (self.ranks - 1) / self.ranks / (link * rates.collective)
-        return seconds + (moves * whole / self.ranks / rates.pcie if self.offload else 0.0)
+        seconds = moved * self.width * (self.ranks - 1) / self.ranks / (link * rates.collective)
+        return seconds + (moved * self.width / self.ranks / rates.pcie if self.offload else 0.0)
 
     def exchange(self, rows: Rows) -> float:
         """Seconds in which a forward's queries, keys, values and attention outputs change ranks; attention waits."""
@@ -140,12 +147,20 @@ class Machine:
         return rows.tokens * leaving / self.ranks / rates.balance / (link * rates.collective)
 
     def pass_seconds(
-        self, rows: Rows, units: float, micro_batches: float, trains: bool, passes: float = 1.0, kept: float = 0.0
+        self,
+        rows: Rows,
+        units: float,
+        micro_batches: float,
+        trains: bool,
+        passes: float = 1.0,
+        kept: float = 0.0,
+        spared: float = 0.0,
     ) -> float:
-        """Seconds of `passes` runs over the rows, of `units` forwards together (`kept`: see computing), each in
-        `micro_batches` a rank."""
+        """Seconds of `passes` runs over the rows, of `units` forwards together (`kept`, `spared`: see computing), each
+        in `micro_batches` a rank."""
         rates = self.rates
-        computing = self.computing(rows, units, passes * HEAD[trains], kept)
+        heads = passes * HEAD - spared if trains else passes
+        computing = self.computing(rows, units, heads, kept, spared)
         floor = units * micro_batches * self.shape.layers * rates.layer
         computing, traffic = max(computing, floor), passes * micro_batches * self.traffic(trains)
         exchanges = units - passes if trains else units  # a backward is one, as its forward
@@ -153,7 +168,7 @@ class Machine:
         return max(computing, traffic) + rates.exposed * min(computing, traffic) + waiting
 
     def optimizer_step(self) -> float:
-        share, rates = self.shape.count / self.ranks, self.rates
+        share, rates = self.trains / self.ranks, self.rates
         if not self.offload:
             return share * OPTIMIZER_BYTES / (rates.memory * rates.streaming)
         return share * (OPTIMIZER_BYTES / rates.host + (4 + self.width) / rates.pcie)

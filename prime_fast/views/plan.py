@@ -10,7 +10,7 @@ from prime_fast.data.models import model_config
 from prime_fast.engine import ulysses
 from prime_fast.memory.advice import apply, card_bytes, mend
 from prime_fast.memory.items import GIB, total
-from prime_fast.memory.plan import Plan, models
+from prime_fast.memory.plan import Plan
 from prime_fast.memory.shapes import shape
 from prime_fast.speed.plan import NODE, PROMPT, RESPONSE, WORTH, Seconds
 from prime_fast.speed.plan import advice as faster
@@ -35,7 +35,7 @@ def print_dry_run(
     plan = Plan(config, ranks, card_bytes(gpu) if gpu else None)
     found = measured(gpu, rates) if gpu and known(gpu) else None
     seconds = Seconds(plan, found[0], response) if found else None
-    console.print(_models_table(config))
+    console.print(_models_table(plan))
     console.print(_phases_table(plan))
     console.print(_items_table(plan))
     console.print(_passes_table(plan))
@@ -113,13 +113,18 @@ def _advice(plan: Plan) -> str:
     return advice + "."
 
 
-def _models_table(config: Config) -> Table:
-    table = Table("model", "checkpoint", "parameters", "layers", "hidden", "vocabulary", "context", title="Models")
-    for role, path in models(config).items():
-        found = shape(path)
+def _models_table(plan: Plan) -> Table:
+    columns = ("model", "checkpoint", "parameters", "trained", "layers", "hidden", "vocabulary", "context")
+    table = Table(*columns, title="Models")
+    for role, path in plan.config.paths.items():
+        found, states = shape(path), plan.states.get(role)
+        if states is None:  # of the model that it is a part of
+            table.add_row(role, f"the {plan.config.reference_within}'s, its adapter off")
+            continue
         context = getattr(model_config(path), "max_position_embeddings", "-")
-        sizes = (f"{found.count / 1e9:.3f} B", found.layers, found.hidden, found.vocabulary, context)
-        table.add_row(role, path, *map(str, sizes))
+        trained = f"{states.training.count / 1e9:.3f} B" if states.trained else "-"
+        sizes = (found.layers, found.hidden, found.vocabulary, context)
+        table.add_row(role, path, f"{found.count / 1e9:.3f} B", trained, *map(str, sizes))
     return table
 
 
@@ -151,8 +156,9 @@ def _passes_table(plan: Plan) -> Table:
     table = Table("pass", "over", "forward units", title="Passes per step")
     units = 0.0
     for made in passes_per_step(plan.config, plan.recompute):
-        table.add_row(made.what, made.rows, f"{made.units:.4g}")
-        units += made.units if made.rows == "kept responses" else 0
+        done = made.units - made.spared
+        table.add_row(made.what, made.rows, f"{done:.4g}")
+        units += done if made.rows == "kept responses" else 0
     table.add_section()
     table.add_row("sum over kept responses", "", f"{units:.4g}")
     return table

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import prime_kernels
-from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
+from prime_fast.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig
 from prime_fast.engine import distributed, packing, shards, zero
 from prime_fast.engine.recompute import ATTENTION_OPS
 from prime_fast.engine.writing import write
@@ -30,6 +30,7 @@ SHAPE = dict(
 FAMILIES = {"llama": LlamaConfig(**SHAPE, tie_word_embeddings=True), "qwen3": Qwen3Config(**SHAPE, head_dim=16)}
 LENGTHS = ((5, 7), (9, 3), (2, 8))  # of prompts and responses; two distinct sums
 STEPS = 2
+LORA = LoraConfig(rank=4)
 GATHERED = {"stage3_param_persistence_threshold": 0}  # else parameters this small are left whole on every rank
 
 
@@ -67,9 +68,17 @@ def settings(choice: dict) -> Iterator[None]:
         zero.deepspeed_config = usual
 
 
-def engine(path: Path, device: torch.device, dtype: str = "float32", recompute: str | int = "none") -> zero.Engine:
+def engine(
+    path: Path,
+    device: torch.device,
+    dtype: str = "float32",
+    recompute: str | int = "none",
+    lora: LoraConfig | None = None,
+    **optimizer: float,
+) -> zero.Engine:
     model = ModelConfig(policy=str(path), dtype=dtype, recompute=recompute)
-    return zero.Engine("policy", str(path), model, EngineConfig(), OptimizerConfig(lr=1e-2), device)
+    adam = OptimizerConfig(lr=1e-2, **optimizer)
+    return zero.Engine("policy", str(path), model, EngineConfig(), adam, device, lora, seed=5)
 
 
 def logprobs(targets: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
@@ -115,12 +124,12 @@ def trained(made: zero.Engine, around: Callable[[zero.Engine], None] = lambda ma
     return bits(made)
 
 
-def check_recompute(path: Path, dtype: str, device: torch.device) -> None:
+def check_recompute(path: Path, dtype: str, device: torch.device, lora: LoraConfig | None = None) -> None:
     """Every mode; and each computes attention as often as it says."""
     again, results = {"none": 0, 1: 1, "attention-saved": 0, "all": LAYERS}, {}
     for mode, layers in again.items():
         with settings(GATHERED):
-            made = engine(path, device, dtype, mode)
+            made = engine(path, device, dtype, mode, lora)
         with Attended() as attended:
             results[mode] = trained(made)
         calls = STEPS * 2 * 2  # two micro-batches of two lengths of row
@@ -129,9 +138,10 @@ def check_recompute(path: Path, dtype: str, device: torch.device) -> None:
         assert not (wrong := differences(results["none"], result)), f"recompute={mode}: {wrong}"
 
 
-def check_parking(path: Path, dtype: str, scratch: Path, device: torch.device) -> None:
+def check_parking(path: Path, dtype: str, scratch: Path, device: torch.device, lora: LoraConfig | None = None) -> None:
     """Parked around every step; saved, and loaded into, while parked."""
-    straight, parked, moves = engine(path, device, dtype), engine(path, device, dtype), Counter()
+    straight, parked = (engine(path, device, dtype, lora=lora) for _ in range(2))
+    moves = Counter()
     expected, optimizer = trained(straight), parked.deepspeed.optimizer
 
     def places() -> list[int]:
@@ -162,7 +172,7 @@ def check_parking(path: Path, dtype: str, scratch: Path, device: torch.device) -
     assert not differences(expected, bits(parked))  # weights are gathered while it is parked
     write(scratch, {shards.file_name(distributed.rank()): parked.states()})
     distributed.barrier()
-    loaded = engine(path, device, dtype)
+    loaded = engine(path, device, dtype, lora=lora)
     step(loaded, 9)
     loaded.park()
     loaded.load_states(scratch)
@@ -190,6 +200,8 @@ if __name__ == "__main__":
     check_recompute(models / "llama", "bfloat16", device)
     check_parking(models / "qwen3", "bfloat16", scratch, device)
     check_traffic(models / "llama", device)
+    check_recompute(models / "llama", "bfloat16", device, LORA)
+    check_parking(models / "qwen3", "bfloat16", scratch, device, LORA)
     distributed.barrier()
     if distributed.rank() == 0:
         print(f"{distributed.world_size()} ranks", flush=True)

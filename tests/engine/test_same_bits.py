@@ -21,8 +21,9 @@ def test_recomputing_changes_no_bit_and_only_what_is_asked_for_is_recomputed(fam
     same_bits.check_recompute(models / family, "float32" if family == "llama" else "bfloat16", device)
 
 
-def test_parking_changes_no_bit(models, tmp_path, device):
-    same_bits.check_parking(models / "llama", "float32", tmp_path, device)
+@pytest.mark.parametrize("lora", [None, same_bits.LORA], ids=["whole", "lora"])
+def test_parking_changes_no_bit(lora, models, tmp_path, device):
+    same_bits.check_parking(models / "llama", "float32", tmp_path, device, lora)
 
 
 def test_on_two_ranks_as_well_and_neither_does_traffic(models, tmp_path):

@@ -1,6 +1,6 @@
 """Run by test_memory_states.py, alone or under torchrun: what real DeepSpeed engines hold, as JSON lines on rank 0.
 
-usage: engine_bytes.py MODEL DIRECTORY dtype:offload[:dtype in which gradients are summed] ...
+usage: engine_bytes.py MODEL DIRECTORY dtype:offload[:dtype in which gradients are summed, or lora] ...
 """
 
 import json
@@ -9,15 +9,18 @@ from pathlib import Path
 
 import torch
 
-from prime_fast.config import EngineConfig, ModelConfig, OptimizerConfig
+from prime_fast.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig
 from prime_fast.engine import distributed, packing, shards, zero
 from prime_fast.engine.writing import write
 
+LORA = LoraConfig(rank=3)
+
 
 def held(
-    model: str, directory: Path, device: torch.device, dtype: str, offload: str, summed: str | None = None
+    model: str, directory: Path, device: torch.device, dtype: str, offload: str, special: str | None = None
 ) -> dict[str, int]:
     settings = zero.deepspeed_config
+    lora, summed = (LORA, None) if special == "lora" else (None, special)
     if summed:
         zero.deepspeed_config = lambda *arguments: settings(*arguments) | {"data_types": {"grad_accum_dtype": summed}}
     engine = zero.Engine(
@@ -27,6 +30,7 @@ def held(
         EngineConfig(offload=offload),
         OptimizerConfig(lr=1e-3),
         device,
+        lora,
     )
     zero.deepspeed_config = settings
     gathered, stepped = [], []
@@ -48,11 +52,12 @@ def held(
     groups = optimizer.fp32_partitioned_groups_flat
     moments = [state[name] for state in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     flat = optimizer.param_groups_fp16_flat_cpu_memory if offload == "cpu" else [optimizer.lp_param_buffer]
+    frozen = [p.ds_tensor for p in parameters if not p.requires_grad]
     write(directory, {shards.file_name(distributed.rank()): engine.states()})
     distributed.barrier()
     written = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     return {
-        "parameters": stored(flat),
+        "parameters": stored([*flat, *frozen]),
         "float32 weights": stored(groups),
         "AdamW moments": stored(moments),
         "gradients": stored([optimizer.grad_partitions_flat_buffer]),

@@ -18,7 +18,9 @@ def test_only_what_exceeds_its_plan_is_said():
     assert sentence.startswith("memory: policy took 12.0 GiB at its peak, 20% more than the 10.0 GiB that were planned")
 
 
-@pytest.mark.parametrize("overrides", [[], ["prime.process_weight=0"], ["rollout.old_logprobs=engine"]], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [[], ["prime.process_weight=0"], ["rollout.old_logprobs=engine", "prm.lora={}"]], ids=str
+)
 def test_every_phase_that_was_planned_is_one_that_the_trainer_times(overrides, configure, device):
     """So that no comparison is lost to a name; load and resume come before the stopwatch."""
     config = configure(*overrides)

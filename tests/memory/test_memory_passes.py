@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from prime_fast.config import LoraConfig
 from prime_fast.engine import packing, recompute
+from prime_fast.engine.lora import Adapter
 from prime_fast.engine.model import PackedLM
 from prime_fast.engine.recompute import Recompute
 from prime_fast.memory import passes
@@ -72,13 +74,15 @@ class Most(Made):
         return result
 
 
-def kept_bytes(model, pack):
-    """What a forward leaves behind for its backward, in autograd's graph or in Python."""
+def kept_bytes(model):
+    """What the forward of a pack leaves behind for its backward, in autograd's graph or in Python; for each token."""
+    rows = [torch.randint(0, 50, (40,)) for _ in range(2)]
+    pack = packing.pack([0, 1], rows, [row[:31] for row in rows], [0, 31])
     given = [*model.parameters(), *model.buffers(), pack.input_ids, pack.position_ids, pack.predict]
     with Made(given) as made:
         loss = model(pack, lambda hidden, weight, bias: hidden.float().sum())
     gc.collect()
-    return made.kept - loss.nbytes
+    return (made.kept - loss.nbytes) / len(pack.input_ids)
 
 
 @pytest.mark.parametrize("mode", ["none", 1, 2, "attention-saved", "all"])
@@ -88,11 +92,22 @@ def test_activations_are_what_autograd_saves(family, dtype, mode, tmp_path):
     lm, planned = model_of(family, tmp_path)
     recompute.enable(lm, mode, family)
     model = PackedLM(lm.to(dtype)).train()
-    rows = [torch.randint(0, 50, (40,)) for _ in range(2)]
-    pack = packing.pack([0, 1], rows, [row[:31] for row in rows], [0, 31])
-    tokens = len(pack.input_ids)
-    planned_bytes = tokens * passes.saved(planned, dtype.itemsize, Recompute.fixed(mode, 3, family))
-    assert kept_bytes(model, pack) == planned_bytes
+    assert kept_bytes(model) == passes.saved(planned, dtype.itemsize, Recompute.fixed(mode, 3, family))
+
+
+@pytest.mark.parametrize("mode", ["none", 1, "attention-saved"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_beside_an_adapter(family, mode, tmp_path):
+    """Exact on all linear layers, and no less than it takes on some."""
+    for targets in ("all-linear", ["v_proj", "up_proj"]):
+        lm, planned = model_of(family, tmp_path)
+        recompute.enable(lm, mode, family)
+        model = PackedLM(lm.bfloat16()).train()
+        Adapter(lm, "prm", family, LoraConfig(rank=5, targets=targets))
+        ranks = 5 * (7 if targets == "all-linear" else len(targets))
+        most = passes.saved(planned, 2, Recompute.fixed(mode, 3, family), ranks)
+        kept = kept_bytes(model)
+        assert kept == most if targets == "all-linear" else 0.5 * most < kept <= most
 
 
 @pytest.mark.parametrize("tied", [False, True])

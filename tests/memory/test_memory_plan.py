@@ -140,6 +140,33 @@ def test_engines_apart_leave_the_trainers_gpu_alone():
     assert plan.peaks["generate"] < seven().peaks["generate"] - 30 * GIB
 
 
+def test_an_adapter_saves_a_model_and_what_trains_one():
+    """Rank 32 on all linear layers of a 7B model: 81 M parameters train."""
+    whole, adapted = seven(), seven("prm.lora={}")
+    assert adapted.states["prm"].training.count == 80_740_352 and list(adapted.phases) == list(whole.phases)
+    rest, full = (gibs(plan.states["prm"].rest()) for plan in (adapted, whole))
+    assert rest["parameters"] - full["parameters"] == pytest.approx(2 * 80_740_352 / 8 / GIB)
+    states = ("float32 weights", "AdamW moments", "gradients")
+    assert [rest[name] for name in states] == pytest.approx([0.0376, 0.0752, 0.0376], rel=0.01)
+    saved = whole.peaks["policy"] - adapted.peaks["policy"]
+    assert rest["reduce bucket"] == pytest.approx(2 * 80_740_352 / GIB)
+    spared = sum(full[name] - rest[name] for name in ("parameters", "reduce bucket", *states))
+    assert saved / GIB == pytest.approx(full["parameters"] + spared) and saved > 16 * GIB  # of the reference, the PRM
+    head = 152064 * 3584 / GIB
+    before, after = (
+        gibs(moment for moments in plan.moments["prm"][:2] for moment in moments) for plan in (whole, adapted)
+    )
+    assert before["LM-head buffers"] - after["LM-head buffers"] == pytest.approx(4 * head)
+    assert before["LM-head gradients"] - after["LM-head gradients"] == pytest.approx(2 * 2 * head)
+    both = seven("prm.lora={}", "policy.lora={}")
+    assert set(both.states) == {"policy", "prm"} and both.checkpoint_bytes < 0.2 * whole.checkpoint_bytes
+    assert set(seven("policy.lora={}").states) == {"policy", "prm"}
+
+
+def gibs(items):
+    return {item.name.removeprefix("prm: "): item.size / GIB for item in items}
+
+
 def test_phases_are_those_that_run():
     assert list(seven().phases) == [
         *("load", "resume", "generate", "reference", "prm", "prm step"),

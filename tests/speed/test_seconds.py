@@ -122,6 +122,7 @@ def test_decoding_fills_free_slots_and_counts_what_is_held():
         ({"model.recompute": 20}, "prm"),
         ({"rollout.vllm.gpu_memory_utilization": 0.8}, "generate"),
         ({"rollout.samples": 2}, "prm"),
+        ({"prm.lora": {}}, "prm"),
         ({"rollout.keep": [0, 1]}, "generate"),
         ({"rollout.old_logprobs": "engine"}, "old_logprobs"),
         ({"prime.process_weight": 0.0}, "prm"),
@@ -143,6 +144,19 @@ def test_modes_of_recomputation_are_counted_in_flops():
     attention = some.machine("policy").forward_flops(some.rows)["attention"]
     spared = attention / some.rates.attention / some.rates.peak / 8 / some.rates.balance
     assert times["all"] - times["attention-saved"] == pytest.approx(spared)
+
+
+def test_an_adapter_spares_the_gradients_of_the_weights():
+    """A third of the products of a forward and backward, of the layers and of the LM head; no part of the attention."""
+    whole, adapted = (seconds("model.recompute=none", *more, card="h200") for more in ([], ["prm.lora={}"]))
+    rows, machine = whole.rows, whole.machine("prm")
+    flops, some = machine.forward_flops(rows), whole.rates
+    spared = flops["layers"] / (some.layers * some.hf_layers) + flops["head"] / some.head
+    spared /= machine.flops * 8 * some.balance
+    left = adapted.machine("prm").optimizer_step() / machine.optimizer_step()
+    steps = 4 * (1 - left) * machine.optimizer_step()
+    assert whole.phases["prm"] - adapted.phases["prm"] - steps == pytest.approx(spared, rel=0.1)
+    assert left < 0.02 and whole.phases["policy"] == adapted.phases["policy"]
 
 
 def chosen(*overrides):
