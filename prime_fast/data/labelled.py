@@ -49,6 +49,16 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def select(self, indices: Sequence[int]) -> Labelled:
+        return Labelled(self.rows.select(indices), self.label[indices], self.group[indices], self.tokens[indices])
+
+    def sample(self, limit: int) -> Labelled:
+        """About `limit` of them, of prompts with all their responses; always the same random ones."""
+        _, group, sizes = np.unique(self.group, return_inverse=True, return_counts=True)
+        order = np.random.default_rng(0).permutation(len(sizes))
+        chosen = order[: np.searchsorted(np.cumsum(sizes[order]), limit) + 1]
+        return self.select(np.flatnonzero(np.isin(group, chosen)))
+
     def digest(self) -> str:
         """Of all token ids."""
         made = sha256()
@@ -63,7 +73,7 @@ def load_labelled(
     tokenizer: Any,
     *,
     max_tokens: int,
-    cut: bool = False,
+    cut: bool = True,
     separators: str = "\n",
     unlabelled: bool = False,
     limit: int | None = None,
@@ -93,11 +103,6 @@ def load_labelled(
     options = ["labelled", cut, separators, unlabelled]
     rows = tokenised.load(paths, how, prepare, options, max_tokens, limit, drop, REMEDY, read)
     part = _joined(rows, "part")
-    if cut and not part.any():
-        raise ValueError(
-            f"no row of {', '.join(rows.source)} has step_labels, so there is no step to cut a response at; give rows "
-            "that have, or set offline.labels=response"
-        )
     lengths = [np.diff(ids.offsets.to_numpy()) for ids in rows.column("response_ids")]
     return Labelled(rows, _joined(rows, "label"), _groups(rows, part), np.concatenate(lengths).astype(np.int64))
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +80,11 @@ class Rows:
         """Of the rows' content, in their order; token ids are no part of it."""
         texts = (text for batch in self._table.select(["row"]).to_batches() for text in batch.column(0).to_pylist())
         return digest(texts)
+
+    def select(self, indices: Sequence[int]) -> "Rows":
+        """Some of them, in this order; the counts stay those of all."""
+        left = self.dropped, self.broken, self.duplicates, self.raw
+        return Rows(self._table.take(pa.array(indices, pa.int64())), self.source, self.shape, *left, self.kinds)
 
     def column(self, name: str) -> Iterator[pa.Array]:
         """Of the rows' ids or labels, a part after the other, without a copy."""
