@@ -2,9 +2,9 @@ r"""Choosing one of n responses: an offline implicit PRM against majority vote a
 
     python -m benchmarks.offline_prm runs/offline-prm
 
-The quickstart's task and SFT model. Its rollouts of training prompts train a PRM with each loss, by `prime-fast prm`, and
-two ORMs: the same model with a linear head on the hidden state of a response's last token, trained on the same rows, in
-mini-batches of as many, for as many epochs, at the PRM's rate and a lower one. All choose among the same samples of
+The quickstart's task and SFT model. Its rollouts of training prompts train a PRM with each loss, by `prime-fast prm`,
+and two ORMs: the same model with a linear head on the hidden state of a response's last token, trained on the same rows,
+in mini-batches of as many, for as many epochs, at the PRM's rate and a lower one. All choose among the same samples of
 held-out prompts. Differences are paired by problem. What is there is not made again.
 """
 
@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=400)
     parser.add_argument("--json", type=Path, default=RESULTS / "cpu" / "offline_prm.json")
     options = parser.parse_args()
-    out, seconds = options.out, {}
+    out, seconds = options.out, Seconds(options.out / "seconds.json")
     if not (out / "data").exists():
         rows = quickstart.make_rows(6, 0, 0, (options.prompts, options.problems, 400 * 64))
         (out / "data").mkdir(parents=True)
@@ -77,16 +80,30 @@ def main() -> None:
     records = [read(out / "eval" / f"{name}.jsonl") for name in ("samples", "votes")]
     result = compare(*records, {**prms(out, sft, records[0]), **orms(seconds, sft, labelled, records[0])})
     about = {"machine": cpu_name(), "sft_steps": options.sft_steps, "prompts": options.prompts, "samples": SAMPLES}
-    about |= {"prm_lr": RATE, "orm_lr": ORM_RATES, "mini_batch": BATCH, "epochs": EPOCHS, "seconds": seconds}
+    about |= {"prm_lr": RATE, "orm_lr": ORM_RATES, "mini_batch": BATCH, "epochs": EPOCHS, "seconds": seconds.known}
     options.json.write_text(json.dumps(about | result, indent=1) + "\n")
     print(f"wrote {options.json}")
 
 
-def run(seconds: dict[str, float], name: str, words: list[str]) -> None:
-    start = time.perf_counter()
-    if cli.main(words):
-        raise SystemExit(f"prime-fast {' '.join(words)} failed")
-    seconds[name] = round(time.perf_counter() - start, 1)
+class Seconds:
+    """How long the parts took when they were made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.known.setdefault(name, round(time.perf_counter() - start, 1))
+        self.path.write_text(json.dumps(self.known) + "\n")
+
+
+def run(seconds: Seconds, name: str, words: list[str]) -> None:
+    with seconds(name):
+        if cli.main(words):
+            raise SystemExit(f"prime-fast {' '.join(words)} failed")
 
 
 def read(path: Path) -> list[dict]:
@@ -96,10 +113,7 @@ def read(path: Path) -> list[dict]:
 
 def prms(out: Path, sft: Path, samples: list[dict]) -> dict[str, np.ndarray]:
     """(P, N) beta * Q by each PRM."""
-    tokenizer = load_tokenizer(str(sft))
-    asked = [torch.tensor(tokenizer(record["prompt"][0]["content"])["input_ids"]) for record in samples]
-    prompts = [prompt for prompt in asked for _ in range(SAMPLES)]
-    responses = [torch.tensor(tokens) for record in samples for tokens in record["tokens"]]
+    prompts, responses = tensors(load_tokenizer(str(sft)), samples)
     options = {"beta": 0.05, "dtype": torch.float32, "device": torch.device("cpu")}
     return {
         f"prm {loss}": implicit_rewards(str(out / f"prm-{loss}" / "model"), str(sft), prompts, responses, **options)
@@ -107,6 +121,13 @@ def prms(out: Path, sft: Path, samples: list[dict]) -> dict[str, np.ndarray]:
         .numpy()
         for loss in LOSSES
     }
+
+
+def tensors(tokenizer: Any, samples: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
+    """Prompts and responses, problem after problem."""
+    asked = [torch.tensor(tokenizer(record["prompt"][0]["content"])["input_ids"]) for record in samples]
+    prompts = [prompt for prompt in asked for _ in range(SAMPLES)]
+    return prompts, [torch.tensor(tokens) for record in samples for tokens in record["tokens"]]
 
 
 class Orm(nn.Module):
@@ -118,28 +139,23 @@ class Orm(nn.Module):
         self.head = nn.Linear(self.lm.lm.config.hidden_size, 1)
 
     def forward(self, batch: Batch, micro: list[int]) -> tuple[Tensor, tuple[int, ...]]:
-        """(R,) of the rows of a micro-batch, and which they are. What predicts a token is the hidden state before it, so
-        a whole response is given as a prompt, and any token follows."""
+        """(R,) of the rows of a micro-batch, and which they are. What predicts a token is the hidden state before it,
+        so a whole response is given as a prompt, and any token follows."""
         fed = [torch.cat([prompt, response]) for prompt, response in zip(batch.prompts, batch.responses, strict=True)]
         pack = packing.pack(micro, fed, [row[:1] for row in fed], list(range(len(fed))))
         hidden = self.lm(pack, lambda hidden, weight, bias: hidden)
         return self.head(hidden)[:, 0], pack.rows
 
 
-def orms(seconds: dict[str, float], sft: Path, labelled: Path, samples: list[dict]) -> dict[str, np.ndarray]:
+def orms(seconds: Seconds, sft: Path, labelled: Path, samples: list[dict]) -> dict[str, np.ndarray]:
     """(P, N) logits by the ORM of each learning rate."""
     tokenizer = load_tokenizer(str(sft))
     rows = load_labelled(str(labelled), tokenizer, max_tokens=64)
     scores = {}
     for rate in ORM_RATES:
-        start = time.perf_counter()
-        orm = train_orm(sft, rows, rate)
-        seconds[f"orm {rate:g}"] = round(time.perf_counter() - start, 1)
-        prompts = [
-            torch.tensor(tokenizer(r["prompt"][0]["content"])["input_ids"]) for r in samples for _ in r["tokens"]
-        ]
-        responses = [torch.tensor(tokens) for record in samples for tokens in record["tokens"]]
-        scores[f"orm {rate:g}"] = logits(orm, prompts, responses).reshape(len(samples), SAMPLES).numpy()
+        with seconds(f"orm {rate:g}"):
+            orm = train_orm(sft, rows, rate)
+        scores[f"orm {rate:g}"] = logits(orm, *tensors(tokenizer, samples)).reshape(len(samples), SAMPLES).numpy()
     return scores
 
 

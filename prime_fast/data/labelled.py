@@ -4,7 +4,7 @@ A row holds one or several, beside a prompt in any of the shapes of `shapes`:
 
 response      {"response": text, "label": 0 to 1}
 responses     {"responses": [text, ...], "label" or "labels": [0 to 1, ...]}: what `prime-fast rollouts` writes
-conversation  {"response" or "messages": [turn, ...], "label"}, the last turn the assistant's: EurusPRM's and ImplicitPRM's
+conversation  {"response" or "messages": [turn, ...], "label"}, the last turn the assistant's: EurusPRM's, ImplicitPRM's
 completions   {"prompt": text of a user, "completions": [text, ...], "correctness": [bool, ...]}: ImplicitPRM's rollouts
 pairs         {"chosen": text or conversation, "rejected": the same}
 steps         {"steps": [text, ...], "label": the first wrong one from 0, or -1, "final_answer_correct"}: ProcessBench's
@@ -108,7 +108,7 @@ def load_labelled(
 
 
 def steps_of(response: str, separators: str) -> list[str]:
-    """The response in parts that end with a match of the regular expression; what is blank belongs to the part before."""
+    """The response in parts that end with a match of the regular expression; blank ones belong to those before."""
     ends = [match.end() for match in re.finditer(separators, response) if match.end() > 0]
     parts: list[str] = []
     for start, end in zip([0, *ends], [*ends, len(response)], strict=True):

@@ -153,8 +153,8 @@ class Prm(Loop):
     def _pairs(self, batch: Batch, ref_logprob: Tensor, _: None, micros: passes.MiniBatch) -> float:
         """Backward of the mean DPO loss over the batch's pairs, which it returns.
 
-        A pair's rows may lie in different packs. So a first forward scores the rows; the loss's derivative in each score
-        is then what each token's log-prob weighs in the backward of a second.
+        A pair's rows may lie in different packs. So a first forward scores the rows; the loss's derivative in each
+        score is then what each token's log-prob weighs in the backward of a second.
         """
         logprob = passes.score(self.engine, batch, [micros])
         cu_seqlens = batch.cu_seqlens.to(logprob.device)
