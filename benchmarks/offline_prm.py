@@ -3,9 +3,9 @@ r"""Choosing one of n responses: an offline implicit PRM against majority vote a
     python -m benchmarks.offline_prm runs/offline-prm
 
 The quickstart's task and SFT model. Its rollouts of training prompts train a PRM with each loss, by `prime-fast prm`,
-and two ORMs: the same model with a linear head on the hidden state of a response's last token, trained on the same rows,
-in mini-batches of as many, for as many epochs, at the PRM's rate and a lower one. All choose among the same samples of
-held-out prompts. Differences are paired by problem. What is there is not made again.
+and two ORMs: the same model with a linear head on the hidden state of a response's last token, trained on the same
+rows, in mini-batches of as many, for as many epochs, at the PRM's rate and a lower one. All choose among the same
+samples of held-out prompts. Differences are paired by problem. What is there is not made again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory of models and responses")
     parser.add_argument("--prompts", type=int, default=2048, help="training prompts, each with 8 responses")
     parser.add_argument("--problems", type=int, default=512, help="held-out prompts")
-    parser.add_argument("--sft-steps", type=int, default=400)
+    parser.add_argument("--sft", type=Path, metavar="MODEL", help="the quickstart's SFT model, if it is there already")
     parser.add_argument("--json", type=Path, default=RESULTS / "cpu" / "offline_prm.json")
     options = parser.parse_args()
     out, seconds = options.out, Seconds(options.out / "seconds.json")
@@ -61,9 +61,10 @@ def main() -> None:
         quickstart.write_model(out / "data" / "model", 0)
         for name, split in rows.items():
             (out / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split))
-    sft = out / "sft" / "model"
-    words = [f"model.policy={out}/data/model", f"sft.data={out}/data/sft.jsonl", f"sft.steps={options.sft_steps}"]
-    run(seconds, "sft", ["sft", CONFIG, f"run_dir={out}/sft", *words, "--resume"])
+    sft = options.sft or out / "sft" / "model"
+    if options.sft is None:
+        words = [f"model.policy={out}/data/model", f"sft.data={out}/data/sft.jsonl", f"run_dir={out}/sft"]
+        run(seconds, "sft", ["sft", CONFIG, *words, "--resume"])
     sampling = ["--samples", str(SAMPLES), "--max-response", "40", "--batch", "512"]
     sampling += ["--reward", "prime_fast.stages.quickstart:compute_score", "--out", f"{out}/rollouts"]
     run(seconds, "rollouts", ["rollouts", str(sft), "--data", f"{out}/data/train.jsonl", *sampling])
@@ -79,7 +80,7 @@ def main() -> None:
     evaluate(held_out, Console())
     records = [read(out / "eval" / f"{name}.jsonl") for name in ("samples", "votes")]
     result = compare(*records, {**prms(out, sft, records[0]), **orms(seconds, sft, labelled, records[0])})
-    about = {"machine": cpu_name(), "sft_steps": options.sft_steps, "prompts": options.prompts, "samples": SAMPLES}
+    about = {"machine": cpu_name(), "prompts": options.prompts, "samples": SAMPLES}
     about |= {"prm_lr": RATE, "orm_lr": ORM_RATES, "mini_batch": BATCH, "epochs": EPOCHS, "seconds": seconds.known}
     options.json.write_text(json.dumps(about | result, indent=1) + "\n")
     print(f"wrote {options.json}")

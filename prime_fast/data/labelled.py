@@ -19,7 +19,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,8 @@ REMEDY = "data.max_prompt or rollout.max_response"
 
 @dataclass(frozen=True)
 class Labelled:
-    """rows: with `response`, its token ids and, where they are known, `label` and `steps`.
+    """rows: with `response`, its token ids and `label`; if it is not cut, with `step_ends`, the characters that precede
+    the end of each of its steps, and with `step_labels`.
     label: (R,) float64, nan where there is none. group: (R,) int64, one number for the responses to one prompt, of cut
     ones for those of as many steps. tokens: (R,) int64, of the response."""
 
@@ -68,14 +69,28 @@ class Labelled:
         return made.hexdigest()
 
 
+class Reading(NamedTuple):
+    """How rows become responses.
+
+    cut: a response with `step_labels` becomes one row for each of its steps, which ends with it; its label is the
+        smallest so far. Responses without stay whole.
+    separators: a regular expression; each match ends a step of a response that is not given as `steps`.
+    unlabelled: responses without a label are taken too.
+    numbered: `Step 1: ` and so on begins the steps of a row that has nothing but them, as EurusPRM's responses have it.
+    """
+
+    cut: bool = True
+    separators: str = "\n"
+    unlabelled: bool = False
+    numbered: bool = False
+
+
 def load_labelled(
     paths: str | Sequence[str],
     tokenizer: Any,
     *,
     max_tokens: int,
-    cut: bool = True,
-    separators: str = "\n",
-    unlabelled: bool = False,
+    reading: Reading = Reading(),
     limit: int | None = None,
     drop: Collection[str] = (),
     template: str = "auto",
@@ -83,10 +98,6 @@ def load_labelled(
 ) -> Labelled:
     """Tokenised responses, one a row.
 
-    cut: a response with `step_labels` becomes one row for each of its steps, which ends with it; its label is the
-        smallest so far. Responses without stay whole.
-    separators: a regular expression; each match ends a step of a response that is not given as `steps`.
-    unlabelled: responses without a label are taken too.
     max_tokens: of prompt and response together; longer rows are dropped and counted.
     Everything else, and the errors, as in `rows.load_rows`.
     """
@@ -94,13 +105,13 @@ def load_labelled(
         raise ValueError("the tokenizer has no EOS token, so a response could not end; set its eos_token")
 
     def read(name: str) -> tuple[str, Iterator[sources.Item]]:
-        return "labelled", _exploded(name, cut, separators, unlabelled)
+        return "labelled", _exploded(name, reading)
 
     def prepare(row: dict, shape: str) -> Answer:
         return Answer(row["response"], row["ends"], row["label"], row["part"])
 
     how = Template(tokenizer, template, template_args)
-    options = ["labelled", cut, separators, unlabelled]
+    options = ["labelled", *reading]
     rows = tokenised.load(paths, how, prepare, options, max_tokens, limit, drop, REMEDY, read)
     part = _joined(rows, "part")
     lengths = [np.diff(ids.offsets.to_numpy()) for ids in rows.column("response_ids")]
@@ -119,49 +130,57 @@ def steps_of(response: str, separators: str) -> list[str]:
     return parts
 
 
-def _exploded(name: str, cut: bool, separators: str, unlabelled: bool) -> Iterator[sources.Item]:
+def ends_of(response: str, steps: Sequence[str]) -> list[int]:
+    """Where each step ends in the response, with the blanks that follow it; the last one where the response does."""
+    ends, end = [], 0
+    for step in steps:
+        start = response.find(step, end)
+        if start < 0:
+            raise ValueError(f"has a step that is not in its response: {step!r:.60}")
+        end = start + len(step)
+        ends.append(end + len(response[end:]) - len(response[end:].lstrip()))
+    return [*ends[:-1], len(response)]
+
+
+def _exploded(name: str, reading: Reading) -> Iterator[sources.Item]:
     for number, row in sources.read_raw(name):
         where = sources.Where(name, number)
         try:
             if isinstance(row, ValueError):
                 raise row
-            made = list(_responses(row, separators if cut else None, unlabelled))
+            made = list(_responses(row, reading))
         except ValueError as error:
             yield where, ValueError(f"{where} {error}")
             continue
         yield from ((where, one) for one in made)
 
 
-def _responses(row: Any, separators: str | None, unlabelled: bool) -> Iterator[dict]:
-    """Each response of a row as a row of its own; separators: to cut at. ValueError, a sentence without its subject."""
+def _responses(row: Any, reading: Reading) -> Iterator[dict]:
+    """Each response of a row, or each of its cut ones, as a row. ValueError, a sentence without its subject."""
     if not isinstance(row, dict):
         raise ValueError(f"is not an object but {type(row).__name__}")
     base = {key: value for key, value in row.items() if key not in OURS}
-    for prompt, text, label, truncated, steps, step_labels in _found(row):
+    for prompt, text, label, truncated, steps, step_labels in _found(row, reading.numbered):
         if not isinstance(text, str) or not text:
             raise ValueError(f"has a response that is no text or an empty one but {text!r:.60}")
-        if label is None and not unlabelled:
+        if label is None and not reading.unlabelled and not (reading.cut and step_labels):
             raise ValueError("has a response without a label")
         asked = base | prompt
         whole = normalise(asked, shape_of(asked) or "verl") | {"response": text, "ends": not truncated, "part": 0}
         whole["label"] = None if label is None else _number("label", label)
         labels = [_number("step_labels", value) for value in step_labels or ()]
-        if steps is None and separators is not None and labels:
-            steps = steps_of(text, separators)
-        if steps is not None:
-            whole["steps"] = steps
-        if labels and steps is not None and len(labels) != len(steps):
-            raise ValueError(f"has {len(labels)} step_labels for a response of {len(steps)} steps")
-        if separators is None or not labels:
-            yield whole
+        ends = ends_of(text, steps if steps is not None else steps_of(text, reading.separators))
+        if labels and len(labels) != len(ends):
+            raise ValueError(f"has {len(labels)} step_labels for a response of {len(ends)} steps")
+        if not labels or not reading.cut:
+            yield whole | {"step_ends": ends, "step_labels": labels}
             continue
-        for k in range(1, len(steps) + 1):
-            last = k == len(steps)
-            upto = text if last else text[: _length(text, steps[:k])]
-            yield whole | {"response": upto, "ends": last and not truncated, "label": min(labels[:k]), "part": k}
+        for k, end in enumerate(ends, 1):
+            last = k == len(ends)
+            yield whole | {"response": text[:end], "ends": last and not truncated, "label": min(labels[:k]), "part": k}
 
 
-def _found(row: dict) -> Iterator[tuple[dict, Any, Any, bool, list[str] | None, Any]]:
+def _found(row: dict, numbered: bool) -> Iterator[tuple[dict, Any, Any, bool, list[str] | None, Any]]:
     """(what its prompt is where that is not in the row, text, label, truncated, steps, labels of steps) of each."""
     label = row.get("label", row.get("labels"))
     if "chosen" in row and "rejected" in row:
@@ -177,7 +196,7 @@ def _found(row: dict) -> Iterator[tuple[dict, Any, Any, bool, list[str] | None, 
     elif row.get("responses") is not None:
         yield from (({}, *one) for one in _several(row, row["responses"], label))
     elif row.get("response") is None and _are_texts(row.get("steps")):
-        yield _process_bench(row, label)
+        yield _process_bench(row, label, numbered)
     else:
         given = row["response"] if row.get("response") is not None else row.get("messages")
         if given is None:
@@ -203,9 +222,11 @@ def _several(row: dict, texts: Any, labels: Any) -> Iterator[tuple[Any, Any, boo
         yield text, label, bool(truncated), None, step_labels
 
 
-def _process_bench(row: dict, label: Any) -> tuple[dict, str, Any, bool, list[str], Any]:
+def _process_bench(row: dict, label: Any, numbered: bool) -> tuple[dict, str, Any, bool, list[str], Any]:
     """The labels of steps behind the first wrong one are 0 as well: what they are a part of is wrong."""
     steps, step_labels = row["steps"], row.get("step_labels")
+    if numbered:
+        steps = [f"Step {k}: {step}" for k, step in enumerate(steps, 1)]
     text = STEP_END.join(steps)
     if "final_answer_correct" in row:
         if not isinstance(label, int) or not -1 <= label < len(steps):
@@ -233,18 +254,6 @@ def _number(key: str, value: Any) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"has {key} {value!r:.60}, which is no number from 0 to 1")
     return float(value)
-
-
-def _length(text: str, steps: Sequence[str]) -> int:
-    """Characters of the response up to the end of the last of these steps, its separator included."""
-    end = 0
-    for step in steps:
-        start = text.find(step, end)
-        if start < 0:
-            raise ValueError(f"has a step that is not in its response: {step!r:.60}")
-        end = start + len(step)
-    rest = text[end:]
-    return end + len(rest) - len(rest.lstrip())
 
 
 def _groups(rows: Rows, part: np.ndarray) -> np.ndarray:

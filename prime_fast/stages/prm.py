@@ -21,7 +21,7 @@ from torch import Tensor
 import prime_kernels
 from prime_fast import durable, identity, passes, prime
 from prime_fast.config import Config
-from prime_fast.data.labelled import Labelled, load_labelled
+from prime_fast.data.labelled import Labelled, Reading, load_labelled
 from prime_fast.data.models import load_tokenizer
 from prime_fast.data.rows import PromptSampler
 from prime_fast.engine import distributed, ulysses
@@ -64,7 +64,7 @@ def load_inputs(config: Config) -> Inputs:
         raise ValueError("prime.separators is a list of ids, and texts are cut at a regular expression; give one")
     options = {
         "max_tokens": config.data.max_prompt + config.rollout.max_response,
-        "separators": config.prime.separators,
+        "reading": Reading(separators=config.prime.separators),
         "drop": config.data.drop,
         "template": config.data.template,
         "template_args": config.data.template_args,
