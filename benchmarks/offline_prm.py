@@ -80,7 +80,8 @@ def main() -> None:
     evaluate(held_out, Console())
     records = [read(out / "eval" / f"{name}.jsonl") for name in ("samples", "votes")]
     result = compare(*records, {**prms(out, sft, records[0]), **orms(seconds, sft, labelled, records[0])})
-    about = {"machine": cpu_name(), "prompts": options.prompts, "samples": SAMPLES}
+    about = {"machine": cpu_name(), "prompts": len(labelled.read_text().splitlines())}
+    about |= {"samples": SAMPLES}
     about |= {"prm_lr": RATE, "orm_lr": ORM_RATES, "mini_batch": BATCH, "epochs": EPOCHS, "seconds": seconds.known}
     options.json.write_text(json.dumps(about | result, indent=1) + "\n")
     print(f"wrote {options.json}")
@@ -154,8 +155,13 @@ def orms(seconds: Seconds, sft: Path, labelled: Path, samples: list[dict]) -> di
     rows = load_labelled(str(labelled), tokenizer, max_tokens=64)
     scores = {}
     for rate in ORM_RATES:
-        with seconds(f"orm {rate:g}"):
-            orm = train_orm(sft, rows, rate)
+        made = labelled.parents[1] / f"orm-{rate:g}.pt"
+        if not made.exists():
+            with seconds(f"orm {rate:g}"):
+                orm = train_orm(sft, rows, rate)
+            torch.save(orm.state_dict(), made)
+        orm = Orm(sft).eval()
+        orm.load_state_dict(torch.load(made))
         scores[f"orm {rate:g}"] = logits(orm, *tensors(tokenizer, samples)).reshape(len(samples), SAMPLES).numpy()
     return scores
 
@@ -173,7 +179,7 @@ def train_orm(sft: Path, rows: Labelled, rate: float) -> Orm:
         nn.utils.clip_grad_norm_(orm.parameters(), 10.0)
         adam.step()
         adam.zero_grad()
-    return orm.eval()
+    return orm
 
 
 @torch.inference_mode()

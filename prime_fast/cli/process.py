@@ -33,12 +33,8 @@ def _add_score_steps(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prm", help="the PRM (default: that of MODEL)")
     command.add_argument("--reference", help="the PRM's reference model (default: that of the run MODEL)")
     command.add_argument("--beta", type=float, help="of the rewards (default: that of the run MODEL, else 0.05)")
-    command.add_argument(
-        "--out", metavar="FILE", help="JSON lines, beside FILE.summary.json (default: to the terminal)"
-    )
-    command.add_argument(
-        "--separators", default="\\n", metavar="REGEX", help="what ends a step (default: a line break)"
-    )
+    command.add_argument("--out", metavar="FILE", help="JSON lines; FILE.summary.json too (default: the terminal)")
+    command.add_argument("--separators", default="\\n", metavar="REGEX", help="ends a step (default: a line break)")
     command.add_argument("--number-steps", action="store_true", help="begin a row's `steps` with `Step 1: ` and so on")
     command.add_argument("--threshold", type=float, metavar="P", help="a step whose chance is below is wrong")
     command.add_argument(

@@ -85,12 +85,15 @@ class Reading(NamedTuple):
     numbered: bool = False
 
 
+READING = Reading()
+
+
 def load_labelled(
     paths: str | Sequence[str],
     tokenizer: Any,
     *,
     max_tokens: int,
-    reading: Reading = Reading(),
+    reading: Reading = READING,
     limit: int | None = None,
     drop: Collection[str] = (),
     template: str = "auto",

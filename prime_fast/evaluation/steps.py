@@ -8,9 +8,9 @@ A record of the result, one a response:
     first_error        the first wrong step from 0, or -1, where the steps are labelled; predicted: the same by the PRM
 
 The chance of a step is sigmoid of the rewards up to its end, as in the evaluation of EurusPRM (ImplicitPRM c0441755,
-eval/processbench.py): a response's first wrong step is the first one whose chance is below a threshold. ProcessBench (arXiv
-2412.06559) measures which share of the responses with a wrong step gets exactly that one, and which share of those
-without gets none, and their harmonic mean, F1.
+eval/processbench.py): a response's first wrong step is the first one whose chance is below a threshold. ProcessBench
+(arXiv 2412.06559) measures which share of the responses with a wrong step gets exactly that one, and which share of
+those without gets none, and their harmonic mean, F1.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def predict(record: dict[str, Any], threshold: float) -> int:
 def best_threshold(records: Sequence[dict[str, Any]]) -> float:
     """Log-odds with the highest F1 on these records; the lowest of those that are as good.
 
-    A response is judged right for thresholds t of one interval: lowest step < t ends it where no step is wrong; one with
-    a wrong step needs log-odds of it < t <= lowest before it. Only their upper ends can be best.
+    A response is judged right by the thresholds t of one interval: t <= its lowest step where none is wrong, else
+    the wrong step < t <= the lowest before it. Only the upper ends of intervals can be best.
     """
     clean = [log_odds(record).min() for record in records if record["first_error"] < 0]
     wrong = [(log_odds(record), record["first_error"]) for record in records if record["first_error"] >= 0]
