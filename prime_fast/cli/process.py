@@ -33,7 +33,7 @@ def _add_score_steps(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prm", help="the PRM (default: that of MODEL)")
     command.add_argument("--reference", help="the PRM's reference model (default: that of the run MODEL)")
     command.add_argument("--beta", type=float, help="of the rewards (default: that of the run MODEL, else 0.05)")
-    command.add_argument("--out", metavar="FILE", help="JSON lines; FILE.summary.json too (default: the terminal)")
+    command.add_argument("--out", metavar="FILE", help="JSON lines (default: in runs/steps/, by the name of MODEL)")
     command.add_argument("--separators", default="\\n", metavar="REGEX", help="ends a step (default: a line break)")
     command.add_argument("--number-steps", action="store_true", help="begin a row's `steps` with `Step 1: ` and so on")
     command.add_argument("--threshold", type=float, metavar="P", help="a step whose chance is below is wrong")
@@ -53,7 +53,9 @@ def _rollouts(options: argparse.Namespace) -> None:
 
 
 def _score_steps(options: argparse.Namespace) -> None:
+    from prime_fast.evaluation.evaluate import default_out
     from prime_fast.evaluation.step_files import Question, answer
 
     given = {key: value for key, value in vars(options).items() if key in Question.__dataclass_fields__}
-    answer(Question(**given))
+    given["out"] = Path(options.out or f"runs/steps/{default_out(options.model).name}.jsonl")
+    answer(Question(**given), Console())

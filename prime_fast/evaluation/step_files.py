@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,10 @@ class Question:
 
     model: str
     rows: list[str]
+    out: Path
     prm: str | None = None
     reference: str | None = None
     beta: float | None = None
-    out: str | None = None
     separators: str = "\n"
     number_steps: bool = False
     threshold: float | None = None  # a chance
@@ -45,8 +44,8 @@ class Question:
     template_args: dict[str, Any] = field(default_factory=dict)
 
 
-def answer(question: Question) -> dict[str, Any]:
-    """Score the files; writes or prints the records, and returns the summary of those whose steps are labelled."""
+def answer(question: Question, console: Console) -> dict[str, Any]:
+    """Score the files; writes the records, and returns the summary of those whose steps are labelled."""
     if question.threshold is not None and question.threshold_from:
         raise ValueError("--threshold and --threshold-from both say where a step begins to be wrong; leave one out")
     if question.threshold is not None and not 0 < question.threshold < 1:
@@ -57,6 +56,7 @@ def answer(question: Question) -> dict[str, Any]:
         raise ValueError(f"--separators {question.separators!r} is no regular expression: {error}") from None
     if "RANK" in os.environ:
         distributed.initialize()
+    console.quiet |= distributed.rank() > 0
     transformers_logging.disable_progress_bar()
     prm, reference, beta = _models(question)
     tokenizer = load_tokenizer(prm)
@@ -77,11 +77,11 @@ def answer(question: Question) -> dict[str, Any]:
             template=question.template,
             template_args=question.template_args,
         )
-        print(f"{name}: {rows.rows}", file=sys.stderr)
+        console.print(str(rows.rows), soft_wrap=True, markup=False)
         found[name] = steps.score_steps(rows, (prm, reference), tokenizer, beta=beta, dtype=dtype, device=device)
     summary = _summarise(question, found)
     if distributed.rank() == 0:
-        _write(question, found, summary)
+        _write(question, found, summary, console)
     return summary
 
 
@@ -121,19 +121,19 @@ def _summarise(question: Question, found: dict[str, list[dict]]) -> dict[str, An
     return {"threshold": 1 / (1 + math.exp(-threshold)), "threshold_from": told, "files": files, "f1": mean}
 
 
-def _write(question: Question, found: dict[str, list[dict]], summary: dict[str, Any]) -> None:
-    lines = outputs.lines(record for name in dict.fromkeys(question.rows) for record in found[name])
-    if question.out is None:
-        sys.stdout.write(lines)
-    else:
-        durable.replace(Path(question.out), lines)
-        if summary:
-            durable.replace(Path(f"{question.out}.summary.json"), json.dumps(summary, indent=1) + "\n")
-    if not summary:
-        return
-    table = Table("file", "responses", "first wrong step found", "right ones let pass", "F1")
-    for name, row in summary["files"].items():
-        numbers = [row["error_accuracy"], row["correct_accuracy"], row["f1"]]
-        table.add_row(name, str(row["responses"]), *("-" if x is None else f"{x:.1%}" for x in numbers))
-    table.caption = f"a step is wrong below a chance of {summary['threshold']:.4g} ({summary['threshold_from']})"
-    Console(stderr=question.out is None).print(table)
+def _write(question: Question, found: dict[str, list[dict]], summary: dict[str, Any], console: Console) -> None:
+    records = [record for name in dict.fromkeys(question.rows) for record in found[name]]
+    question.out.parent.mkdir(parents=True, exist_ok=True)
+    durable.replace(question.out, outputs.lines(records))
+    told = f"{question.out}: {len(records)} responses"
+    if summary:
+        beside = question.out.with_suffix(".summary.json")
+        durable.replace(beside, json.dumps(summary, indent=1) + "\n")
+        table = Table("file", "responses", "wrong step found", "right ones let pass", "F1")
+        for name, row in summary["files"].items():
+            numbers = [row["error_accuracy"], row["correct_accuracy"], row["f1"]]
+            table.add_row(Path(name).name, str(row["responses"]), *("-" if x is None else f"{x:.1%}" for x in numbers))
+        table.caption = f"a step is wrong below a chance of {summary['threshold']:.4g} ({summary['threshold_from']})"
+        console.print(table)
+        told += f"; {beside}"
+    console.print(told, soft_wrap=True, markup=False)

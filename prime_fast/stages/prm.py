@@ -166,7 +166,7 @@ class Prm(Loop):
             # linear in the log-probs with a gradient of -advantage * token_weight: the on-policy policy loss
             op = partial(_weighed, targets=pack.targets, advantage=pack.select(-weight))
             self.engine.backward(distributed.world_size() * self.engine.run(pack, op))
-        return float(loss)
+        return float(loss.detach())
 
     def _packs(self, batch: Batch, micros: passes.MiniBatch) -> Iterator[Pack]:
         """This rank's share."""

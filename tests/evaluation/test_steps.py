@@ -69,7 +69,7 @@ def scored(workspace, other_prm, tmp_path_factory):
     words = ["score-steps", prm, f"{folder}/rows.jsonl", "--reference", f"{workspace}/model", "--beta", "0.5"]
     assert main([*words, "--out", f"{folder}/out.jsonl"]) == 0
     records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-    return words, records, json.loads((folder / "out.jsonl.summary.json").read_text()), prm
+    return words, records, json.loads((folder / "out.summary.json").read_text()), prm
 
 
 def test_rewards_are_those_of_plain_forwards(scored, workspace):
@@ -103,15 +103,17 @@ def test_steps_and_labels(scored):
     assert numbers["responses"] == 2 and summary["f1"] == numbers["f1"] and summary["threshold_from"] == "these rows"
 
 
-def test_a_given_threshold_and_a_missing_reference(scored, capsys):
+def test_a_given_threshold_and_what_is_missing(scored, tmp_path, monkeypatch, capsys):
     words, records, *_ = scored
-    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
     assert main([*words, "--threshold", "0.5"]) == 0
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [record["reward"] for record in printed] == [record["reward"] for record in records]
-    assert printed[0]["predicted"] == predict(records[0], 0.0)
+    again = [json.loads(line) for line in next(tmp_path.glob("runs/steps/*-prm.jsonl")).read_text().splitlines()]
+    assert [record["reward"] for record in again] == [record["reward"] for record in records]
+    assert again[0]["predicted"] == predict(records[0], 0.0)
     assert main(words[:3]) == 2
     assert "give --reference" in capsys.readouterr().err
+    assert main([*words, "--threshold", "1"]) == 2
+    assert "--threshold 1 is no chance between 0 and 1" in capsys.readouterr().err
 
 
 def test_pieces_of_characters_that_tokens_share(tmp_path):
