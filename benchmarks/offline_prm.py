@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +37,8 @@ from prime_fast.stages import quickstart
 from prime_fast.stages.reference import batch_of
 
 CONFIG = "configs/quickstart.yaml"
-LOSSES = ("response", "prefix", "dpo")
-RATE, ORM_RATES, BATCH, EPOCHS, SAMPLES = 1e-3, (1e-3, 3e-4), 64, 2, 8
+LOSSES = ("response", "dpo")
+RATE, ORM_RATES, BATCH, EPOCHS, SAMPLES = 1e-3, (1e-3, 3e-4), 64, 1, 8
 MICRO_TOKENS = 8192
 SIZES = (2, 4, 8)
 
@@ -54,7 +51,7 @@ def main() -> None:
     parser.add_argument("--sft", type=Path, metavar="MODEL", help="the quickstart's SFT model, if it is there already")
     parser.add_argument("--json", type=Path, default=RESULTS / "cpu" / "offline_prm.json")
     options = parser.parse_args()
-    out, seconds = options.out, Seconds(options.out / "seconds.json")
+    out = options.out
     if not (out / "data").exists():
         rows = quickstart.make_rows(6, 0, 0, (options.prompts, options.problems, 400 * 64))
         (out / "data").mkdir(parents=True)
@@ -64,48 +61,32 @@ def main() -> None:
     sft = options.sft or out / "sft" / "model"
     if options.sft is None:
         words = [f"model.policy={out}/data/model", f"sft.data={out}/data/sft.jsonl", f"run_dir={out}/sft"]
-        run(seconds, "sft", ["sft", CONFIG, *words, "--resume"])
+        run(["sft", CONFIG, *words, "--resume"])
     sampling = ["--samples", str(SAMPLES), "--max-response", "40", "--batch", "512"]
     sampling += ["--reward", "prime_fast.stages.quickstart:compute_score", "--out", f"{out}/rollouts"]
-    run(seconds, "rollouts", ["rollouts", str(sft), "--data", f"{out}/data/train.jsonl", *sampling])
+    run(["rollouts", str(sft), "--data", f"{out}/data/train.jsonl", *sampling])
     labelled = out / "rollouts" / "rollouts.jsonl"
     for loss in LOSSES:
         words = [f"offline.data={labelled}", f"offline.epochs={EPOCHS}", f"model.policy={sft}", f"prm.loss={loss}"]
         words += [f"prm.lr={RATE}", f"prm.mini_batch={BATCH}", f"run_dir={out}/prm-{loss}", "--resume"]
-        run(seconds, f"prm {loss}", ["prm", CONFIG, *words])
+        run(["prm", CONFIG, *words])
     held_out = Settings(
         model=str(sft), data=(f"{out}/data/eval.jsonl",), out=out / "eval", samples=SAMPLES, max_response=40, batch=512,
         reward="prime_fast.stages.quickstart:compute_score", prm=f"{out}/prm-response/model", reference=str(sft),
     )  # fmt: skip
     evaluate(held_out, Console())
     records = [read(out / "eval" / f"{name}.jsonl") for name in ("samples", "votes")]
-    result = compare(*records, {**prms(out, sft, records[0]), **orms(seconds, sft, labelled, records[0])})
+    result = compare(*records, {**prms(out, sft, records[0]), **orms(sft, labelled, records[0])})
     about = {"machine": cpu_name(), "prompts": len(labelled.read_text().splitlines())}
     about |= {"samples": SAMPLES}
-    about |= {"prm_lr": RATE, "orm_lr": ORM_RATES, "mini_batch": BATCH, "epochs": EPOCHS, "seconds": seconds.known}
+    about |= {"prm_lr": RATE, "orm_lr": ORM_RATES, "mini_batch": BATCH, "epochs": EPOCHS}
     options.json.write_text(json.dumps(about | result, indent=1) + "\n")
     print(f"wrote {options.json}")
 
 
-class Seconds:
-    """How long the parts took when they were made."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.known = json.loads(path.read_text()) if path.is_file() else {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.known.setdefault(name, round(time.perf_counter() - start, 1))
-        self.path.write_text(json.dumps(self.known) + "\n")
-
-
-def run(seconds: Seconds, name: str, words: list[str]) -> None:
-    with seconds(name):
-        if cli.main(words):
-            raise SystemExit(f"prime-fast {' '.join(words)} failed")
+def run(words: list[str]) -> None:
+    if cli.main(words):
+        raise SystemExit(f"prime-fast {' '.join(words)} failed")
 
 
 def read(path: Path) -> list[dict]:
@@ -149,7 +130,7 @@ class Orm(nn.Module):
         return self.head(hidden)[:, 0], pack.rows
 
 
-def orms(seconds: Seconds, sft: Path, labelled: Path, samples: list[dict]) -> dict[str, np.ndarray]:
+def orms(sft: Path, labelled: Path, samples: list[dict]) -> dict[str, np.ndarray]:
     """(P, N) logits by the ORM of each learning rate."""
     tokenizer = load_tokenizer(str(sft))
     rows = load_labelled(str(labelled), tokenizer, max_tokens=64)
@@ -157,9 +138,7 @@ def orms(seconds: Seconds, sft: Path, labelled: Path, samples: list[dict]) -> di
     for rate in ORM_RATES:
         made = labelled.parents[1] / f"orm-{rate:g}.pt"
         if not made.exists():
-            with seconds(f"orm {rate:g}"):
-                orm = train_orm(sft, rows, rate)
-            torch.save(orm.state_dict(), made)
+            torch.save(train_orm(sft, rows, rate).state_dict(), made)
         orm = Orm(sft).eval()
         orm.load_state_dict(torch.load(made))
         scores[f"orm {rate:g}"] = logits(orm, *tensors(tokenizer, samples)).reshape(len(samples), SAMPLES).numpy()
