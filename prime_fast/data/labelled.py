@@ -185,12 +185,12 @@ def _responses(row: Any, reading: Reading) -> Iterator[dict]:
 
 def _found(row: dict, numbered: bool) -> Iterator[tuple[dict, Any, Any, bool, list[str] | None, Any]]:
     """(what its prompt is where that is not in the row, text, label, truncated, steps, labels of steps) of each."""
-    label = row.get("label", row.get("labels"))
-    if "chosen" in row and "rejected" in row:
+    label = row["label"] if row.get("label") is not None else row.get("labels")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         for key, value in (("chosen", 1), ("rejected", 0)):
             prompt, text = _split(row[key])
             yield prompt, text, value, False, None, None
-    elif "completions" in row:
+    elif row.get("completions") is not None:
         if not isinstance(row.get("prompt"), str):
             raise ValueError(f"has completions of a prompt that is no text but {row.get('prompt')!r:.60}")
         prompt = {"prompt": [{"role": "user", "content": row["prompt"]}]}

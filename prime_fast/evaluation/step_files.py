@@ -50,6 +50,8 @@ def answer(question: Question, console: Console) -> dict[str, Any]:
         raise ValueError("--threshold and --threshold-from both say where a step begins to be wrong; leave one out")
     if question.threshold is not None and not 0 < question.threshold < 1:
         raise ValueError(f"--threshold {question.threshold:g} is no chance between 0 and 1")
+    if question.beta is not None and question.beta <= 0:
+        raise ValueError(f"--beta {question.beta:g} must be above 0")
     try:
         re.compile(question.separators)
     except re.error as error:
@@ -60,25 +62,24 @@ def answer(question: Question, console: Console) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     prm, reference, beta = _models(question)
     tokenizer = load_tokenizer(prm)
-    for path in (reference, question.model if question.prm else reference):
-        if load_tokenizer(find_model(path, "policy")).get_vocab() != tokenizer.get_vocab():
+    for path in (reference, *([find_model(question.model, "policy")] if question.prm else [])):
+        if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"the tokenizer of {path} differs from that of the PRM {prm}; they must share one")
     names = list(dict.fromkeys([*question.rows, *([question.threshold_from] if question.threshold_from else [])]))
     device = distributed.device()
     dtype = training_dtype(ModelConfig(policy=prm), device)
-    found = {}
-    for name in names:
-        rows = load_labelled(
-            name,
-            tokenizer,
-            max_tokens=getattr(model_config(prm), "max_position_embeddings", None) or 1 << 30,
-            reading=Reading(False, question.separators, unlabelled=True, numbered=question.number_steps),
-            limit=question.limit,
-            template=question.template,
-            template_args=question.template_args,
-        )
-        console.print(str(rows.rows), soft_wrap=True, markup=False)
-        found[name] = steps.score_steps(rows, (prm, reference), tokenizer, beta=beta, dtype=dtype, device=device)
+    options = {
+        "max_tokens": getattr(model_config(prm), "max_position_embeddings", None) or 1 << 30,
+        "reading": Reading(False, question.separators, unlabelled=True, numbered=question.number_steps),
+        "limit": question.limit,
+        "template": question.template,
+        "template_args": question.template_args,
+    }
+    files = [load_labelled(name, tokenizer, **options) for name in names]
+    for file in files:
+        console.print(str(file.rows), soft_wrap=True, markup=False)
+    records = steps.score_steps(files, (prm, reference), tokenizer, beta=beta, dtype=dtype, device=device)
+    found = dict(zip(names, records, strict=True))
     summary = _summarise(question, found)
     if distributed.rank() == 0:
         _write(question, found, summary, console)

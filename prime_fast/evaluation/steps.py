@@ -33,11 +33,18 @@ WRONG = 0.5  # the label of a wrong step is below
 
 
 def score_steps(
-    rows: Labelled, models: tuple[str, str], tokenizer: Any, *, beta: float, dtype: torch.dtype, device: torch.device
-) -> list[dict[str, Any]]:
-    """The records of all rows, by (PRM, reference), on every rank; each scores its share."""
-    share = list(range(len(rows)))[distributed.rank() :: distributed.world_size()]
-    found = [rows.rows[i] for i in share]
+    files: Sequence[Labelled],
+    models: tuple[str, str],
+    tokenizer: Any,
+    *,
+    beta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[list[dict[str, Any]]]:
+    """The records of each file's rows, by (PRM, reference), on every rank; each scores its share."""
+    every = [(number, i) for number, file in enumerate(files) for i in range(len(file))]
+    share = every[distributed.rank() :: distributed.world_size()]
+    found = [files[number].rows[i] for number, i in share]
     prompts = [torch.tensor(row["prompt_ids"]) for row in found]
     responses = [torch.tensor(row["response_ids"]) for row in found]
     records = []
@@ -45,8 +52,8 @@ def score_steps(
         prm, reference = (response_logprobs(m, prompts, responses, dtype=dtype, device=device) for m in models)
         rewards = (beta * (prm - reference).double()).split([len(response) for response in responses])
         records = [_record(row, reward, tokenizer) for row, reward in zip(found, rewards, strict=True)]
-    numbered = distributed.gather_lists(list(zip(share, records, strict=True)))
-    return [record for _, record in sorted(numbered, key=lambda item: item[0])]
+    known = dict(distributed.gather_lists(list(zip(share, records, strict=True))))
+    return [[known[number, i] for i in range(len(file))] for number, file in enumerate(files)]
 
 
 def pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:

@@ -39,7 +39,6 @@ from prime_fast.stages.loop import Loop, Work
 from prime_fast.stages.reference import batch_of, packs, reference_logprobs
 
 STAGE = "prm"  # whose checkpoints they are
-OWN_SCALE = ("response",)  # losses after which sigmoid(beta * Q) itself is a chance, and not one of several responses
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,19 @@ def load_inputs(config: Config) -> Inputs:
     }
     rows = load_labelled(config.offline.data, tokenizer, **options)
     held_out = load_labelled(config.offline.eval, tokenizer, **options) if config.offline.eval else None
-    for key, part in (("data", rows), ("eval", held_out)):
+    chosen = None if held_out is None else held_out.sample(config.data.eval_rows)
+    for key, part in (("data", rows), ("eval", chosen)):
         if part is not None and config.prm.loss == "dpo" and not len(_mixed(part)):
             raise ValueError(
                 f"offline.{key} has no prompt with a better and a worse response, which prm.loss=dpo compares; give "
                 "several responses a prompt, or set prm.loss=response"
             )
-    chosen = held_out and held_out.sample(config.data.eval_rows)
     if distributed.rank() == 0:
         print(f"prm: {rows.rows}")
         if chosen is not None:
             taken = f", those to {len(np.unique(chosen.group))} prompts, a fixed random sample"
             print(f"eval: {len(chosen)} of {held_out.rows}" + taken * (len(chosen) < len(held_out)))
-    told = [chosen.rows[i] for i in range(len(chosen))] if chosen else []
+    told = [] if chosen is None else [chosen.rows[i] for i in range(len(chosen))]
     known = identity.of_prm(config, tokenizer, start, reference, rows.rows, told)
     return Inputs(tokenizer, start, reference, rows, chosen, known)
 
@@ -102,7 +101,7 @@ class Prm(Loop):
         self.offsets = [np.cumsum([0, *part.tokens]) for part in parts]
         self.intercepts = [_intercepts(part) if self.loss in ("centered", "prefix") else None for part in parts]
         # the log-odds that scores add to, where they only tell responses apart
-        self.offset = 0.0 if self.loss in OWN_SCALE else discrimination.log_odds(float(self.rows.label.mean()))
+        self.offset = 0.0 if self.loss == "response" else discrimination.log_odds(float(self.rows.label.mean()))
         # dpo takes all pairs of a prompt at once, so that every response is read once an epoch
         self.units = _mixed(self.rows) if self.loss == "dpo" else [[i] for i in range(len(self.rows))]
         rows = sum(map(len, self.units))
