@@ -4,7 +4,7 @@ r"""Choosing one of n responses: an offline implicit PRM against majority vote a
 
 The quickstart's task and SFT model. Its rollouts of training prompts train a PRM with each loss, by `prime-fast prm`,
 and two ORMs: the same model with a linear head on the hidden state of a response's last token, trained on the same
-rows, in mini-batches of as many, for as many epochs, at the PRM's rate and a lower one. All choose among the same
+rows, in mini-batches of as many, for as many epochs, at two learning rates. All choose among the same
 samples of held-out prompts. Differences are paired by problem. What is there is not made again.
 """
 
@@ -37,8 +37,9 @@ from prime_fast.stages import quickstart
 from prime_fast.stages.reference import batch_of
 
 CONFIG = "configs/quickstart.yaml"
-LOSSES = ("response", "dpo")
-RATE, ORM_RATES, BATCH, EPOCHS, SAMPLES = 1e-3, (1e-3, 3e-4), 64, 1, 8
+PRMS = (("response", 1e-3), ("dpo", 1e-3), ("dpo", 3e-4))  # losses and learning rates
+ORM_RATES = (1e-3, 3e-4)
+BATCH, EPOCHS, SAMPLES = 64, 1, 8
 MICRO_TOKENS = 8192
 SIZES = (2, 4, 8)
 
@@ -66,20 +67,20 @@ def main() -> None:
     sampling += ["--reward", "prime_fast.stages.quickstart:compute_score", "--out", f"{out}/rollouts"]
     run(["rollouts", str(sft), "--data", f"{out}/data/train.jsonl", *sampling])
     labelled = out / "rollouts" / "rollouts.jsonl"
-    for loss in LOSSES:
+    for loss, rate in PRMS:
         words = [f"offline.data={labelled}", f"offline.epochs={EPOCHS}", f"model.policy={sft}", f"prm.loss={loss}"]
-        words += [f"prm.lr={RATE}", f"prm.mini_batch={BATCH}", f"run_dir={out}/prm-{loss}", "--resume"]
+        words += [f"prm.lr={rate}", f"prm.mini_batch={BATCH}", f"run_dir={out}/prm-{loss}-{rate:g}", "--resume"]
         run(["prm", CONFIG, *words])
     held_out = Settings(
         model=str(sft), data=(f"{out}/data/eval.jsonl",), out=out / "eval", samples=SAMPLES, max_response=40, batch=512,
-        reward="prime_fast.stages.quickstart:compute_score", prm=f"{out}/prm-response/model", reference=str(sft),
+        reward="prime_fast.stages.quickstart:compute_score", prm=f"{out}/prm-response-0.001/model", reference=str(sft),
     )  # fmt: skip
     evaluate(held_out, Console())
     records = [read(out / "eval" / f"{name}.jsonl") for name in ("samples", "votes")]
     result = compare(*records, {**prms(out, sft, records[0]), **orms(sft, labelled, records[0])})
     about = {"machine": cpu_name(), "prompts": len(labelled.read_text().splitlines())}
     about |= {"samples": SAMPLES}
-    about |= {"prm_lr": RATE, "orm_lr": ORM_RATES, "mini_batch": BATCH, "epochs": EPOCHS}
+    about |= {"mini_batch": BATCH, "epochs": EPOCHS}
     options.json.write_text(json.dumps(about | result, indent=1) + "\n")
     print(f"wrote {options.json}")
 
@@ -98,12 +99,12 @@ def prms(out: Path, sft: Path, samples: list[dict]) -> dict[str, np.ndarray]:
     """(P, N) beta * Q by each PRM."""
     prompts, responses = tensors(load_tokenizer(str(sft)), samples)
     options = {"beta": 0.05, "dtype": torch.float32, "device": torch.device("cpu")}
-    return {
-        f"prm {loss}": implicit_rewards(str(out / f"prm-{loss}" / "model"), str(sft), prompts, responses, **options)
-        .reshape(len(samples), SAMPLES)
-        .numpy()
-        for loss in LOSSES
-    }
+    scores = {}
+    for loss, rate in PRMS:
+        prm = str(out / f"prm-{loss}-{rate:g}" / "model")
+        found = implicit_rewards(prm, str(sft), prompts, responses, **options)
+        scores[f"prm {loss} {rate:g}"] = found.reshape(len(samples), SAMPLES).numpy()
+    return scores
 
 
 def tensors(tokenizer: Any, samples: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
