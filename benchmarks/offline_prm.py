@@ -79,7 +79,7 @@ def main() -> None:
     records = [read(out / "eval" / f"{name}.jsonl") for name in ("samples", "votes")]
     result = compare(*records, {**prms(out, sft, records[0]), **orms(sft, labelled, records[0])})
     about = {"machine": cpu_name(), "prompts": len(labelled.read_text().splitlines())}
-    about |= {"samples": SAMPLES}
+    about |= {"samples": SAMPLES, "first_wrong_step": first_wrong_step(out, sft, records[0])}
     about |= {"mini_batch": BATCH, "epochs": EPOCHS}
     options.json.write_text(json.dumps(about | result, indent=1) + "\n")
     print(f"wrote {options.json}")
@@ -129,6 +129,32 @@ class Orm(nn.Module):
         pack = packing.pack(micro, fed, [row[:1] for row in fed], list(range(len(fed))))
         hidden = self.lm(pack, lambda hidden, weight, bias: hidden)
         return self.head(hidden)[:, 0], pack.rows
+
+
+def first_wrong_step(out: Path, sft: Path, samples: list[dict]) -> dict[str, Any]:
+    """What `prime-fast score-steps` tells of the true labels of steps, on the problems of odd numbers, with the threshold
+    that is best on the others. Only responses whose steps can all be read."""
+    for name, part in (("even", samples[::2]), ("odd", samples[1::2])):
+        with (out / f"steps-{name}.jsonl").open("w") as file:
+            for record in part:
+                for text, outcome in zip(record["responses"], record["outcomes"], strict=True):
+                    right = quickstart.step_labels(record["prompt"][0]["content"], text)
+                    if right and len(right) == text.count(",") + 1:
+                        row = {"prompt": record["prompt"], "response": text, "label": outcome}
+                        file.write(json.dumps(row | {"step_labels": [int(good) for _, good in right]}) + "\n")
+    words = ["--reference", str(sft), "--separators", ",", "--threshold-from", f"{out}/steps-even.jsonl"]
+    run(
+        [
+            "score-steps",
+            f"{out}/prm-response-0.001/model",
+            f"{out}/steps-odd.jsonl",
+            *words,
+            "--out",
+            f"{out}/steps.jsonl",
+        ]
+    )
+    (numbers,) = json.loads((out / "steps.summary.json").read_text())["files"].values()
+    return numbers
 
 
 def orms(sft: Path, labelled: Path, samples: list[dict]) -> dict[str, np.ndarray]:
