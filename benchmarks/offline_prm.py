@@ -60,7 +60,7 @@ def main() -> None:
         for name, split in rows.items():
             (out / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split))
     sft = options.sft or out / "sft" / "model"
-    if options.sft is None:
+    if not sft.exists():
         words = [f"model.policy={out}/data/model", f"sft.data={out}/data/sft.jsonl", f"run_dir={out}/sft"]
         run(["sft", CONFIG, *words, "--resume"])
     sampling = ["--samples", str(SAMPLES), "--max-response", "40", "--batch", "512"]
@@ -69,8 +69,10 @@ def main() -> None:
     labelled = out / "rollouts" / "rollouts.jsonl"
     for loss, rate in PRMS:
         words = [f"offline.data={labelled}", f"offline.epochs={EPOCHS}", f"model.policy={sft}", f"prm.loss={loss}"]
-        words += [f"prm.lr={rate}", f"prm.mini_batch={BATCH}", f"run_dir={out}/prm-{loss}-{rate:g}", "--resume"]
-        run(["prm", CONFIG, *words])
+        run_dir = out / f"prm-{loss}-{rate:g}"
+        words += [f"prm.lr={rate}", f"prm.mini_batch={BATCH}", f"run_dir={run_dir}", "--resume"]
+        if not (run_dir / "model").exists():
+            run(["prm", CONFIG, *words])
     held_out = Settings(
         model=str(sft), data=(f"{out}/data/eval.jsonl",), out=out / "eval", samples=SAMPLES, max_response=40, batch=512,
         reward="prime_fast.stages.quickstart:compute_score", prm=f"{out}/prm-response-0.001/model", reference=str(sft),
@@ -132,8 +134,8 @@ class Orm(nn.Module):
 
 
 def first_wrong_step(out: Path, sft: Path, samples: list[dict]) -> dict[str, Any]:
-    """What `prime-fast score-steps` tells of the true labels of steps, on the problems of odd numbers, with the threshold
-    that is best on the others. Only responses whose steps can all be read."""
+    """What `prime-fast score-steps` tells of the true labels of steps, on the problems of odd numbers, with the
+    threshold that is best on the others. Only responses whose steps can all be read."""
     for name, part in (("even", samples[::2]), ("odd", samples[1::2])):
         with (out / f"steps-{name}.jsonl").open("w") as file:
             for record in part:
@@ -143,16 +145,8 @@ def first_wrong_step(out: Path, sft: Path, samples: list[dict]) -> dict[str, Any
                         row = {"prompt": record["prompt"], "response": text, "label": outcome}
                         file.write(json.dumps(row | {"step_labels": [int(good) for _, good in right]}) + "\n")
     words = ["--reference", str(sft), "--separators", ",", "--threshold-from", f"{out}/steps-even.jsonl"]
-    run(
-        [
-            "score-steps",
-            f"{out}/prm-response-0.001/model",
-            f"{out}/steps-odd.jsonl",
-            *words,
-            "--out",
-            f"{out}/steps.jsonl",
-        ]
-    )
+    words += ["--out", f"{out}/steps.jsonl"]
+    run(["score-steps", f"{out}/prm-response-0.001/model", f"{out}/steps-odd.jsonl", *words])
     (numbers,) = json.loads((out / "steps.summary.json").read_text())["files"].values()
     return numbers
 
