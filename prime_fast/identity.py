@@ -1,7 +1,7 @@
 """What a run is made with, by content: written into every checkpoint, and compared by --resume.
 
-data       the rows of data.train and data.eval (of SFT: sft.data and sft.eval) as they are trained and evaluated on, in
-           their order
+data       the rows of data.train and data.eval (of SFT: sft.data and sft.eval; of a PRM alone: offline.data and
+           offline.eval) as they are trained and evaluated on, in their order
 models     of policy, PRM and reference: config.json, generation_config.json and the weights. Files of up to WHOLE_BYTES
            count byte by byte; of larger ones the size, the header and SAMPLE_BYTES at the start and in the middle of
            each tensor, so that 15 GB take a second. A model of the hub is its commit.
@@ -55,6 +55,18 @@ def of_sft(config: Config, tokenizer: Any, rows: Rows, held_out: Sequence[dict])
     return {
         "data": {"sft": f"{len(rows)} rows {rows.digest()}", "eval": _told(held_out)},
         "models": {"policy": model(config.model.policy)},
+        "tokenizer": tokens(tokenizer),
+        "packages": packages(config),
+    }
+
+
+def of_prm(
+    config: Config, tokenizer: Any, start: str, reference: str, rows: Rows, held_out: Sequence[dict]
+) -> Identity:
+    """start: the model that the PRM begins as."""
+    return {
+        "data": {"offline": f"{len(rows)} rows {rows.digest()}", "eval": _told(held_out)},
+        "models": {"prm": model(start), "reference": model(reference)},
         "tokenizer": tokens(tokenizer),
         "packages": packages(config),
     }

@@ -154,6 +154,8 @@ class MetricsLog:
                 parts.append(f"{label} {record[f'{name}_applied']} of {record[f'{name}_updates']}")
         if record.get("eval_loss") is not None:
             parts.append(f"eval loss {record['eval_loss']:.4f}")
+        if record.get("eval_auc") is not None:
+            parts.append(f"auc {record['eval_auc']:.3f}")
         parts += [f"{label} {record[key]:.1%}" for key, label in FAILURES.items() if record.get(key)]
         if record.get("skipped"):
             parts.append(f"skipped {record['skipped']}")

@@ -120,6 +120,18 @@ def on_last_token(token_reward: Tensor, cu_seqlens: Tensor) -> Tensor:
     return total
 
 
+def pair_loss(score: Tensor, outcome: Tensor, group: Tensor) -> Tensor:
+    """DPO: the mean of -log sigmoid(score_i - score_j) over the pairs of rows of one group with outcome_i > outcome_j
+    (arXiv 2412.01981, where score = beta * Q); differentiable in score.
+
+    All (R,), group int64. Returns a scalar in the dtype of score. Raises ValueError if there is no such pair.
+    """
+    pairs = (outcome[:, None] > outcome[None, :]) & (group[:, None] == group[None, :])
+    if not pairs.any():
+        raise ValueError("no group has two rows of different outcomes, so there is no pair")
+    return -F.logsigmoid((score[:, None] - score[None, :])[pairs]).mean()
+
+
 def pair_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> tuple[float, int]:
     """(correct, pairs): of the pairs of rows of one group with different outcomes, how many the score orders alike.
 

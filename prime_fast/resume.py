@@ -17,9 +17,19 @@ from prime_fast.engine.checkpoint import IDENTITY, latest, read
 from prime_fast.identity import Identity
 
 # Keys and sections that may differ; with --accept, those of the accepted parts too.
-FREE = {"steps", "run_dir", "log", "engine", "watch", "sft.steps", "reward.max_failures", "rollout.patience"}
+FREE = {
+    "steps",
+    "run_dir",
+    "log",
+    "engine",
+    "watch",
+    "sft.steps",
+    "offline.epochs",
+    "reward.max_failures",
+    "rollout.patience",
+}
 ACCEPTS = {
-    "data": {"data", "sft.data", "sft.eval", "sft.response"},
+    "data": {"data", "sft.data", "sft.eval", "sft.response", "offline.data", "offline.eval"},
     "models": {"model.policy", "model.prm", "model.reference"},
     "tokenizer": set(),
     "reward": {"reward"},
@@ -31,6 +41,8 @@ BY_CONTENT = {
     "data.eval",
     "sft.data",
     "sft.eval",
+    "offline.data",
+    "offline.eval",
     "model.policy",
     "model.prm",
     "model.reference",
@@ -51,7 +63,7 @@ def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
         raise ValueError(
             "DeepSpeed does not restore AdamW's step count from disk, so --resume with engine.offload=disk would "
             "not continue the same run; use engine.offload=cpu, or start a new run_dir with "
-            f"model.policy={found / 'policy'}"
+            f"{_weights(found)}"
         )
     if "models" in accepted and (config.policy.lora or config.prm.lora):
         raise ValueError(
@@ -70,7 +82,7 @@ def newest(config: Config, accepted: Collection[str] = ()) -> Path | None:
             ways = "".join(f"add --accept {part}, " for part in parts)
             raise ValueError(
                 f"--resume continues the same run, but {key} was {before.get(key)!r} and is {now.get(key)!r}; put it "
-                f"back, {ways}or start a new run_dir with model.policy={found / 'policy'}"
+                f"back, {ways}or start a new run_dir with {_weights(found)}"
             )
     return found
 
@@ -98,6 +110,12 @@ def check(checkpoint: Path, now: Identity, accepted: Collection[str] = (), stage
             + f"; put it back, or go on with what is here now: --resume --accept {','.join(changed)}"
         )
     return set(changed)
+
+
+def _weights(checkpoint: Path) -> str:
+    """The setting with which another run begins as this one has become."""
+    role = "policy" if (checkpoint / "policy").is_dir() else "prm"
+    return f"model.{role}={checkpoint / role}"
 
 
 def _identity(checkpoint: Path) -> Identity | None:

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_fast.prime import area_under_curve, keep_groups, pair_accuracy, policy_loss, prm_intercept, prm_loss
+from prime_fast.prime import (
+    area_under_curve,
+    keep_groups,
+    pair_accuracy,
+    pair_loss,
+    policy_loss,
+    prm_intercept,
+    prm_loss,
+)
 from prime_kernels.reference import policy_token_loss
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "prime_vectors.json").read_text())
@@ -218,3 +226,17 @@ def test_importing_prime_needs_no_trainer():
 
     code = "import sys, prime_fast.prime; assert not {'deepspeed', 'vllm', 'transformers', 'triton'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pair_loss_is_the_mean_over_pairs_of_a_group():
+    draw = torch.Generator().manual_seed(0)
+    score = torch.randn(12, generator=draw, dtype=torch.float64, requires_grad=True)
+    outcome = torch.tensor([0.0, 1.0, 0.5, 0.5] * 3)
+    group = torch.tensor([4, 7, 4, 7, 4, 9, 7, 7, 4, 4, 9, 1])
+    pairs = [(i, j) for i in range(12) for j in range(12) if group[i] == group[j] and outcome[i] > outcome[j]]
+    expected = sum(-(score[i] - score[j]).sigmoid().log() for i, j in pairs) / len(pairs)
+    loss = pair_loss(score, outcome, group)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, score, retain_graph=True)[0] for x in (loss, expected)))
+    with pytest.raises(ValueError, match="no pair"):
+        pair_loss(score, torch.ones(12), group)

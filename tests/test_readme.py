@@ -104,7 +104,7 @@ def test_command_parses(path, command, parsing, monkeypatch):
         except SystemExit as end:
             assert "--version" in arguments and end.code == 0, f"{command} does not parse"
             return
-        if arguments[0] in ("train", "sft") and not options.config.startswith("runs/"):
+        if arguments[0] in ("train", "sft", "prm") and not options.config.startswith("runs/"):
             config_of(options)  # its file, and the keys set beside it
     elif words[0] == "make":
         result = processes.run(["make", "-n", *words[1:]], cwd=ROOT)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prime_fast.cli import converting, grading, training, views
+from prime_fast.cli import converting, grading, process, training, views
 from prime_fast.cli.words import Command
 from prime_fast.progress import lasting_output, say
 
@@ -58,6 +58,6 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="prime-fast", description=__doc__)
     made.add_argument("--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, help="print it and exit")
     commands = made.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
-    for group in (training, grading, views, converting):
+    for group in (training, process, grading, views, converting):
         group.add_to(commands)
     return made

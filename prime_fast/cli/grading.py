@@ -8,12 +8,10 @@ import time
 from collections.abc import Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 
-from prime_fast.cli.words import count, json_object, takes_reward
-from prime_fast.config import DataConfig, RolloutConfig, parse_assignments
+from prime_fast.cli.words import count, samples_responses, settings_of, takes_reward
 from prime_fast.data.shapes import WHERE
 from prime_fast.progress import progress
 
@@ -29,26 +27,16 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="run_dir, RUN_DIR/checkpoints/best, model directory or hub id")
     command.add_argument("--data", nargs="+", required=True, metavar="ROWS", help="files of rows, one benchmark each")
     command.add_argument("--out", help="directory of the results (default: runs/eval/ and the model's name)")
-    engines = get_args(RolloutConfig.model_fields["engine"].annotation)
-    command.add_argument("--engine", choices=engines, default=engines[0])
-    command.add_argument("--vllm", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of vllm.LLM")
     command.add_argument(
         "--against", metavar="OTHER", help="compare, paired by problem, with this model or directory of an evaluation"
     )
     command.add_argument("--samples", type=count, default=0, metavar="K", help="also draw K samples: avg@K, pass@K")
-    command.add_argument("--temperature", type=float, help="of the samples (default: 1; --preset paper: 0.3)")
-    command.add_argument("--max-response", type=count, metavar="N", help="tokens (default: 3072, or the preset's)")
-    command.add_argument("--limit", type=count, metavar="N", help="only the first N rows of each file")
-    templates = get_args(DataConfig.model_fields["template"].annotation)
-    command.add_argument("--template", choices=templates, default=templates[0], help="as data.template in training")
-    command.add_argument("--template-args", type=json_object, default={}, metavar="JSON", help="of the chat template")
     command.add_argument("--preset", choices=["paper"], help="4096 tokens; 8192 for MATH-500, LeetCode, LiveCodeBench")
     command.add_argument(
         "--prm", help="best-of-n of the samples by this implicit PRM (a run_dir or checkpoint will do)"
     )
     command.add_argument("--reference", help="the PRM's reference model")
-    command.add_argument("--batch", type=count, default=64, metavar="N", help="responses generated together")
-    command.add_argument("--seed", type=int, default=0)
+    samples_responses(command)
     takes_reward(command)
     command.set_defaults(run=_eval)
 
@@ -63,12 +51,9 @@ def _add_score(command: argparse.ArgumentParser) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from prime_fast.evaluation.evaluate import Settings, default_out, evaluate
+    from prime_fast.evaluation.evaluate import default_out, evaluate
 
-    given = {key: value for key, value in vars(options).items() if key in Settings.__dataclass_fields__}
-    given |= {"data": tuple(options.data), "out": Path(options.out or default_out(options.model))}
-    given["vllm"] = parse_assignments(options.vllm)
-    evaluate(Settings(**given), Console())
+    evaluate(settings_of(options, default_out(options.model)), Console())
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""train and sft: a run that writes into its run_dir, is stopped and goes on."""
+"""train, sft and prm: a run that writes into its run_dir, is stopped and goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,7 +21,7 @@ from prime_fast.progress import say
 
 if TYPE_CHECKING:
     from prime_fast.metrics import MetricsLog
-    from prime_fast.stages.sft import Sft
+    from prime_fast.stages.loop import Loop
     from prime_fast.trainer import Trainer
 
 T = TypeVar("T")
@@ -54,6 +55,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     resumes(sft)
     sft.set_defaults(run=_sft)
 
+    prm = commands.add_parser("prm", help="an implicit PRM from labelled responses; writes RUN_DIR/model")
+    takes_config(prm)
+    resumes(prm)
+    prm.set_defaults(run=_prm)
+
 
 def _profiled_step(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -63,6 +69,8 @@ def _profiled_step(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = config_of(options)
+    if config.prm.loss == "dpo":
+        raise ValueError("prm.loss=dpo is for prime-fast prm; set prm.loss to response, centered or prefix")
     if options.gpu and not options.dry_run:
         raise ValueError("--gpu compares a dry run with a card; add --dry-run, or leave --gpu away")
     for name in ("response_tokens", "rates"):
@@ -121,23 +129,37 @@ def _sft(options: argparse.Namespace) -> int:
     config = config_of(options)
     if not config.sft.data:
         raise ValueError("sft.data is empty; give the path of a .jsonl or .parquet file of rows with worked solutions")
+    return _stage(config, options, "sft", "Sft")
+
+
+def _prm(options: argparse.Namespace) -> int:
+    config = config_of(options)
+    if not config.offline.data:
+        raise ValueError(
+            "offline.data is empty; give the path of a .jsonl or .parquet file of rows with labelled responses"
+        )
+    return _stage(config, options, "prm", "Prm")
+
+
+def _stage(config: Config, options: argparse.Namespace, name: str, loop: str) -> int:
+    """Run the class `loop` of prime_fast.stages.NAME, which trains one model on a file of rows."""
     newest, accepted = _prepare_run_dir(config, options)
 
     from prime_fast import resume
     from prime_fast.engine import distributed, zero
     from prime_fast.engine.checkpoint import intact
-    from prime_fast.stages import sft
 
+    stage = import_module(f"prime_fast.stages.{name}")
     device = zero.start(config.log.hang)
     newest = _together(lambda: newest and intact(Path(config.run_dir)))
-    inputs = _together(lambda: sft.load_inputs(config))
-    renewed = _together(lambda: resume.check(newest, inputs.identity, accepted, sft.STAGE) if newest else set())
-    trainer = sft.Sft(config, device, inputs)
-    if code := _run(trainer, config, newest, config.sft.steps, renewed):
+    inputs = _together(lambda: stage.load_inputs(config))
+    renewed = _together(lambda: resume.check(newest, inputs.identity, accepted, name) if newest else set())
+    trainer = getattr(stage, loop)(config, device, inputs)
+    if code := _run(trainer, config, newest, trainer.steps, renewed):
         return code
     if distributed.rank() == 0:
         print(f"wrote {trainer.directory}")
-        _name_the_best(config, "validation loss")
+        _name_the_best(config, "validation loss", trainer.role)
     return 0
 
 
@@ -176,7 +198,7 @@ def _together(work: Callable[[], T]) -> T:
     return result
 
 
-def _run(trainer: Trainer | Sft, config: Config, newest: Path | None, steps: int, renewed: set[str]) -> int:
+def _run(trainer: Trainer | Loop, config: Config, newest: Path | None, steps: int, renewed: set[str]) -> int:
     """Run all of it, from the checkpoint `newest` on; the exit code, not 0 if it was stopped with a checkpoint."""
     from prime_fast.engine import distributed
     from prime_fast.engine.checkpoint import forget_scores
@@ -216,9 +238,9 @@ def _open_run(config: Config, resume_step: int, steps: int) -> MetricsLog | None
     return MetricsLog(config.run_dir, steps, config.log.tensorboard, resume_step or None)
 
 
-def _name_the_best(config: Config, measure: str) -> None:
+def _name_the_best(config: Config, measure: str, role: str = "policy") -> None:
     from prime_fast.engine.checkpoint import best, latest
 
     top = best(Path(config.run_dir))
     if top not in (None, latest(Path(config.run_dir))):
-        print(f"the best by its {measure}: {top / 'policy'}")
+        print(f"the best by its {measure}: {top / role}")

@@ -6,9 +6,14 @@ import argparse
 import json
 import re
 from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
-from prime_fast.config import Config, RewardConfig, load_config
+from prime_fast.config import Config, DataConfig, RewardConfig, RolloutConfig, load_config, parse_assignments
 from prime_fast.rewards.pool import SANDBOXES
+
+if TYPE_CHECKING:
+    from prime_fast.evaluation.settings import Settings
 
 OPTION = re.compile(r"-[^\d.]")  # not a negative number
 ASSIGNMENT = re.compile(r"[\w.]+=")
@@ -53,6 +58,34 @@ def takes_reward(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reward", default=default.function, help="math, code, auto, or file.py:function")
     command.add_argument("--timeout", type=float, default=default.timeout, metavar="S", help="seconds a response")
     command.add_argument("--sandbox", choices=SANDBOXES, default=SANDBOXES[0], help="of model-written code")
+
+
+def samples_responses(command: argparse.ArgumentParser) -> None:
+    engines = get_args(RolloutConfig.model_fields["engine"].annotation)
+    command.add_argument("--engine", choices=engines, default=engines[0])
+    command.add_argument("--vllm", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of vllm.LLM")
+    command.add_argument("--temperature", type=float, help="of the samples (default: 1; --preset paper: 0.3)")
+    command.add_argument("--max-response", type=count, metavar="N", help="tokens (default: 3072, or the preset's)")
+    command.add_argument("--limit", type=count, metavar="N", help="only the first N rows of each file")
+    takes_template(command)
+    command.add_argument("--batch", type=count, default=64, metavar="N", help="responses generated together")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def takes_template(command: argparse.ArgumentParser) -> None:
+    templates = get_args(DataConfig.model_fields["template"].annotation)
+    command.add_argument("--template", choices=templates, default=templates[0], help="as data.template in training")
+    command.add_argument("--template-args", type=json_object, default={}, metavar="JSON", help="of the chat template")
+
+
+def settings_of(options: argparse.Namespace, out: Path) -> Settings:
+    """What was asked of an evaluation, or of rollouts. out: where it goes unless --out says so."""
+    from prime_fast.evaluation.settings import Settings
+
+    given = {key: value for key, value in vars(options).items() if key in Settings.__dataclass_fields__}
+    given |= {"data": tuple(options.data), "out": Path(options.out or out)}
+    given["vllm"] = parse_assignments(options.vllm)
+    return Settings(**given)
 
 
 def resumes(command: argparse.ArgumentParser) -> None:

@@ -164,8 +164,9 @@ class PrmConfig(OptimizerConfig):
     lr: Rate = 1e-6
     grad_clip: Rate = 10.0
     # cross-entropy of the outcome given the whole response | that on top of the log-odds of the group's mean outcome:
-    # log-ratios then tell responses to a prompt apart | the latter at every prefix (arXiv 2604.13197)
-    loss: Literal["response", "centered", "prefix"] = "response"
+    # log-ratios then tell responses to a prompt apart | the latter at every prefix (arXiv 2604.13197) | of which of two
+    # responses to a prompt is the better one (of prime-fast prm alone)
+    loss: Literal["response", "centered", "prefix", "dpo"] = "response"
     rows: Literal["kept", "all"] = "kept"  # all: then also on the groups that rollout.keep drops; they give no scores
     passes: Positive = 1  # over a step's rows; scores are of the first, but with prime.update=before
     warmup_steps: NotNegative = 0  # first ones of the run's steps, which train the PRM alone
@@ -182,6 +183,14 @@ class SftConfig(OptimizerConfig):
     steps: Positive = 100  # optimizer steps
     # what is learnt of a row; or {reasoning} (the solution without its last `#### x` line), {ground_truth}
     response: Answer = "{solution}"
+
+
+class OfflineConfig(Section):
+    """The rows of prime-fast prm, which trains a PRM by the section prm: docs/prm.md."""
+
+    data: Paths = []  # labelled responses; those with step_labels are cut at their steps
+    eval: Paths = []  # held-out ones, of the prompts of which at most about data.eval_rows responses are taken
+    epochs: Annotated[float, Number, Field(gt=0, le=1000)] = 1.0  # passes over the rows
 
 
 class EngineConfig(Section):

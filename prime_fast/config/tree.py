@@ -12,6 +12,7 @@ from prime_fast.config.sections import (
     EngineConfig,
     LogConfig,
     ModelConfig,
+    OfflineConfig,
     PolicyConfig,
     PrimeConfig,
     PrmConfig,
@@ -39,6 +40,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     prm: PrmConfig = PrmConfig()
     sft: SftConfig = SftConfig()
+    offline: OfflineConfig = OfflineConfig()
     engine: EngineConfig = EngineConfig()
     watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()

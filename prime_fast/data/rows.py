@@ -3,10 +3,10 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +18,28 @@ from prime_fast.progress import progress
 
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
-    {"row": pa.string(), "file": pa.int32(), "number": pa.int64(), "prompt_ids": IDS, "response_ids": IDS}
+    {
+        "row": pa.string(),
+        "file": pa.int32(),
+        "number": pa.int64(),
+        "prompt_ids": IDS,
+        "response_ids": IDS,
+        "label": pa.float64(),
+        "part": pa.int32(),
+    }
 )
 DROPS = ("broken", "duplicates")
 MAX_KINDS = 64
 DIGEST_CHARS = 12
+
+
+class Answer(NamedTuple):
+    """The response of a row."""
+
+    text: str
+    ends: bool = True  # whether an EOS token follows
+    label: float | None = None  # how good it is, where that is known
+    part: int = 0  # after how many steps it was cut; 0: it was not
 
 
 class Rows:
@@ -63,6 +80,15 @@ class Rows:
         """Of the rows' content, in their order; token ids are no part of it."""
         texts = (text for batch in self._table.select(["row"]).to_batches() for text in batch.column(0).to_pylist())
         return digest(texts)
+
+    def select(self, indices: Sequence[int]) -> "Rows":
+        """Some of them, in this order; the counts stay those of all."""
+        left = self.dropped, self.broken, self.duplicates, self.raw
+        return Rows(self._table.take(pa.array(indices, pa.int64())), self.source, self.shape, *left, self.kinds)
+
+    def column(self, name: str) -> Iterator[pa.Array]:
+        """Of the rows' ids or labels, a part after the other, without a copy."""
+        return iter(self._table.column(name).chunks)
 
     def __str__(self) -> str:
         """`1319 rows of test.jsonl (verl shape), 2 too long`."""
@@ -106,7 +132,7 @@ def load_rows(
 
     checked_by = [repr(check), *sources.source_of(sys.modules[check.__module__].__file__)] if check else []
     how = Template(tokenizer, template, template_args)
-    return _load(paths, how, prepare, checked_by, max_prompt_tokens, limit, drop, "data.max_prompt")
+    return load(paths, how, prepare, checked_by, max_prompt_tokens, limit, drop, "data.max_prompt")
 
 
 def load_demonstrations(
@@ -142,7 +168,7 @@ def load_demonstrations(
         if (truth := (row.get("reward_model") or {}).get("ground_truth")) is not None:
             values["ground_truth"] = truth
         try:
-            return response.format(**values)
+            return Answer(response.format(**values))
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 f"has nothing for the response template {response!r}, which cannot be filled ({error!r}); it may use "
@@ -153,7 +179,7 @@ def load_demonstrations(
         raise ValueError("the tokenizer has no EOS token, so a response could not end; set its eos_token")
     remedy = "data.max_prompt or rollout.max_response"
     how = Template(tokenizer, template, template_args)
-    return _load(paths, how, prepare, [response, solution], max_tokens, limit, drop, remedy)
+    return load(paths, how, prepare, [response, solution], max_tokens, limit, drop, remedy)
 
 
 class PromptSampler:
@@ -204,7 +230,20 @@ def digest(texts: Iterable[str]) -> str:
     return made.hexdigest()[:DIGEST_CHARS]
 
 
-def _load(paths, template: Template, prepare, options, max_tokens: int, limit: int | None, drop, remedy: str) -> Rows:
+def load(
+    paths,
+    template: Template,
+    prepare: Callable[[dict, str], Answer | None],
+    options: list,
+    max_tokens: int,
+    limit: int | None,
+    drop: Collection[str],
+    remedy: str,
+    read: Callable[[str], tuple[str, Iterator[sources.Item]]] = sources.read,
+) -> Rows:
+    """What the loaders share. prepare: (row, shape) -> its response, ValueError without a subject for a bad row;
+    options: what else it depends on; remedy: the keys to raise where all rows are longer than max_tokens; read: a file
+    as a shape and its rows."""
     source = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if unknown := set(drop) - set(DROPS):
         raise ValueError(f"rows can be dropped as {' or '.join(DROPS)}, not as {sorted(unknown)}")
@@ -213,23 +252,23 @@ def _load(paths, template: Template, prepare, options, max_tokens: int, limit: i
         if not is_there:
             if limit is None and "broken" not in drop:
                 with progress("checking", unit="rows") as tick:
-                    _check(source, prepare, tick)
+                    _check(source, prepare, read, tick)
             with (
                 pa.OSFile(str(path), "wb") as file,
                 pa.ipc.new_stream(file, SCHEMA) as writer,
                 progress("tokenising", unit="rows") as tick,
             ):
-                _write(writer, source, template, prepare, max_tokens, limit, drop, remedy, tick)
+                _write(writer, source, template, prepare, max_tokens, limit, drop, remedy, read, tick)
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
         pieces = list(reader.iter_batches_with_custom_metadata())
     counts = json.loads(pieces[-1].custom_metadata["counts"])
     return Rows(pa.Table.from_batches([piece.batch for piece in pieces]), source, **counts)
 
 
-def _check(source, prepare, tick) -> None:
+def _check(source, prepare, read, tick) -> None:
     """A wrong row is told before the minutes that tokenising those before it takes."""
     for name in source:
-        shape, rows = sources.read(name)
+        shape, rows = read(name)
         for where, row in rows:
             _prepare(where, row, shape, prepare)
             tick()
@@ -244,13 +283,13 @@ def _prepare(where: sources.Where, row: dict | ValueError, shape: str, prepare) 
         raise ValueError(f"{where} {error}") from error
 
 
-def _write(writer, source, template: Template, prepare, max_tokens, limit, drop, remedy, tick) -> None:
+def _write(writer, source, template: Template, prepare, max_tokens, limit, drop, remedy, read, tick) -> None:
     """Rows as record batches; the last one, which is empty, says what was left out. What is not token ids is kept as
     JSON text, since Arrow would want the same keys and types of extra_info in every row."""
     counts = {"shape": [], "dropped": 0, "broken": 0, "duplicates": 0, "raw": 0, "kinds": {}}
     kept, too_long, seen = 0, [], set()
     for file, name in enumerate(source):
-        shape, rows = sources.read(name)
+        shape, rows = read(name)
         counts["shape"].append(shape)
         for chunk in _chunks(rows, sources.READ_ROWS):
             if kept == limit:
@@ -288,12 +327,12 @@ def _write(writer, source, template: Template, prepare, max_tokens, limit, drop,
 
 def _prepared(
     chunk, shape, template: Template, prepare, drop, counts
-) -> Iterator[tuple[int, dict, tuple[str, bool], str | None]]:
+) -> Iterator[tuple[int, dict, tuple[str, bool], Answer | None]]:
     """(its number, row, its prompt as text and whether that is raw, response or None) of the rows that are whole."""
     for where, row in chunk:
         try:
-            response = _prepare(where, row, shape, prepare)
-            yield where.number, row, _prepare(where, row, shape, template.apply), response
+            answer = _prepare(where, row, shape, prepare)
+            yield where.number, row, _prepare(where, row, shape, template.apply), answer
         except ValueError:
             if "broken" not in drop:
                 raise
@@ -303,14 +342,15 @@ def _prepared(
 def _tokenised(prepared, template: Template) -> Iterator[tuple[bool, str, dict]]:
     if not (prepared := list(prepared)):
         return
-    numbers, rows, prompts, responses = zip(*prepared, strict=True)
-    made = zip(numbers, rows, prompts, template.ids(prompts), responses, strict=True)
-    for number, row, (text, is_raw), ids, response in made:
+    numbers, rows, prompts, answers = zip(*prepared, strict=True)
+    made = zip(numbers, rows, prompts, template.ids(prompts), answers, strict=True)
+    for number, row, (text, is_raw), ids, answer in made:
         row = row | {"prompt": text} if is_raw else row
         item = {"row": json.dumps(row, default=str), "number": number, "prompt_ids": ids}
-        if response is not None:
-            response_ids = template.tokenizer(response, add_special_tokens=False)["input_ids"]
-            item["response_ids"] = response_ids + [template.tokenizer.eos_token_id]
+        if answer is not None:
+            response_ids = template.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+            item["response_ids"] = response_ids + [template.tokenizer.eos_token_id] * answer.ends
+            item |= {"label": answer.label, "part": answer.part}
         yield is_raw, json.dumps([row.get("ability"), row.get("data_source")], default=str), item
 
 

@@ -53,7 +53,7 @@ def read(name: str) -> tuple[str, Iterator[Item]]:
 
     Raises FileNotFoundError, or ValueError if the whole file is unreadable.
     """
-    raw = _open(name)
+    raw = read_raw(name)
     head = list(islice(raw, READ_ROWS))
     shape = next((shape for _, row in head if isinstance(row, dict) and (shape := shape_of(row))), "verl")
     return shape, (_normalised(Where(name, number), row, shape) for number, row in chain(head, raw))
@@ -135,7 +135,8 @@ def _normalised(where: Where, row: Any, shape: str) -> Item:
         return where, ValueError(f"{where} {error}")
 
 
-def _open(name: str) -> Iterator[tuple[int, Any]]:
+def read_raw(name: str) -> Iterator[tuple[int, Any]]:
+    """(number, row as it stands, with a ValueError in place of one that is not JSON); otherwise as `read`."""
     if _is_hub(name):
         tables = _hub(name).with_format("arrow").iter(READ_ROWS)
         return enumerate((unfilled(row) for table in tables for row in table.to_pylist()), 1)

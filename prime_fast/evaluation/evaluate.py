@@ -69,12 +69,14 @@ def _evaluate(settings: Settings, console: Console) -> tuple[dict[str, Any], lis
     for key, path in models.items():
         if load_tokenizer(path).get_vocab() != vocabulary:
             raise ValueError(f"the tokenizer of the {key} {path} differs from the model's; they must share one")
-    problems = _problems(settings, models, tokenizer)
+    problems = problems_of(settings, models, tokenizer)
     if distributed.rank() == 0:
         claim(settings, models)
-    for name, count in Counter(problem.benchmark for problem in problems if problem.clamped).items():
-        console.print(f"{name}: {count} problems leave less room than asked for; responses are as long as it allows")
-    answers = _answer(settings, models["model"], problems, tokenizer, console)
+    tell_clamped(problems, console)
+    draws = [Draw("greedy", 1, 0.0)]
+    if settings.samples:
+        draws.append(Draw("samples", settings.samples, temperature(settings)))
+    answers = answer(settings, models["model"], problems, draws, tokenizer, console)
     scores = votes = None
     if settings.prm:
         votes = vote(settings.out / "votes.jsonl", problems, answers["samples"], console)
@@ -132,7 +134,12 @@ def find_model(path: str, role: str) -> str:
     return str(Path(path) / role) if (Path(path) / role).is_dir() else path
 
 
-def _problems(settings: Settings, models: dict[str, str], tokenizer: Any) -> list[Problem]:
+def tell_clamped(problems: list[Problem], console: Console) -> None:
+    for name, count in Counter(problem.benchmark for problem in problems if problem.clamped).items():
+        console.print(f"{name}: {count} problems leave less room than asked for; responses are as long as it allows")
+
+
+def problems_of(settings: Settings, models: dict[str, str], tokenizer: Any) -> list[Problem]:
     """Of each file the rows as one benchmark, or one per data_source where a file has several."""
     room = min(getattr(model_config(path), "max_position_embeddings", None) or 1 << 30 for path in models.values())
     stems = [Path(path).stem for path in settings.data]
@@ -158,11 +165,10 @@ def _problems(settings: Settings, models: dict[str, str], tokenizer: Any) -> lis
     return problems
 
 
-def _answer(settings: Settings, model: str, problems: list[Problem], tokenizer: Any, console: Console) -> Answers:
-    """{"greedy", "samples" if asked}: the records of all problems, those missing on disk generated and graded first."""
-    draws = [Draw("greedy", 1, 0.0)]
-    if settings.samples:
-        draws.append(Draw("samples", settings.samples, temperature(settings)))
+def answer(
+    settings: Settings, model: str, problems: list[Problem], draws: list[Draw], tokenizer: Any, console: Console
+) -> Answers:
+    """The records of all problems by the names of the draws, those missing on disk generated and graded first."""
     paths = {draw.name: settings.out / f"{draw.name}.jsonl" for draw in draws}
     done = {name: outputs.read(path) for name, path in paths.items()}
     if any(len(records) < len(problems) for records in done.values()):
