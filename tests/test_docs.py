@@ -67,7 +67,8 @@ def test_the_readme_leads_to_every_page():
 def test_what_is_named_is_there(path):
     """Settings, files and tests in `code`."""
     spans = " ".join(CODE.findall(BLOCK.sub("", path.read_text())))
-    keys = {*known_keys(), *re.findall(r"rollout\.vllm\.\w+", spans)}
+    keys = {part for key in known_keys() for part in (key, key.rpartition(".")[0])}
+    keys |= {*re.findall(r"rollout\.vllm\.\w+", spans)}
     if path.name == "verl.md":  # theirs
         keys |= set(re.findall(r"data\.\w+", (ROOT / "prime_fast/integrations/verl.py").read_text()))
     files = {path.name for path in ROOT.glob("prime_fast/**/*.py")}

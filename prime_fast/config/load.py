@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
 from prime_fast import durable, yaml_text
+from prime_fast.config.sections import section_of
 from prime_fast.config.tree import Config
 from prime_fast.values import check_name, describe, key_of, shortened
 
@@ -23,9 +23,8 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     """Every dotted key of the tree, in the order of declaration."""
     keys = []
     for name, field in section.model_fields.items():
-        kinds = get_args(field.annotation) or (field.annotation,)  # of a section that may be left out: it and None
-        if isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel):
-            keys += known_keys(kinds[0], f"{prefix}{name}.")
+        if below := section_of(field.annotation):
+            keys += known_keys(below, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys

@@ -14,6 +14,7 @@ from functools import cache
 
 from pydantic import BaseModel
 
+from prime_fast.config.sections import section_of
 from prime_fast.config.tree import Config
 from prime_fast.values import LARGEST
 
@@ -42,8 +43,8 @@ def _section(section: type[BaseModel], prefix: str) -> list[str]:
     schema, told, below = section.model_json_schema(), descriptions(section), []
     lines = [f"## {prefix.rstrip('.') or 'The run'}", "", "| key | default | takes | |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            below += _section(field.annotation, f"{prefix}{name}.")
+        if found := section_of(field.annotation):
+            below += _section(found, f"{prefix}{name}.")
             continue
         default = "*required*" if field.is_required() else f"`{_value(field.default)}`"
         cells = f"`{prefix}{name}`", default, takes(schema["properties"][name]), told.get(name, "")

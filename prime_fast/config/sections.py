@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -36,6 +36,12 @@ class Section(BaseModel):
     def empty(cls, value: Any) -> Any:
         """`policy:` with nothing below it is a section without keys."""
         return {} if value is None else value
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type is, also one that may be left out."""
+    kind = (get_args(annotation) or (annotation,))[0]
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 class ModelConfig(Section):
@@ -135,7 +141,7 @@ class PrimeConfig(Section):
 class LoraConfig(Section):
     """An adapter that is trained in the place of the model's own weights: docs/lora.md."""
 
-    rank: Positive = 32
+    rank: Positive = 32  # of what is trained beside each weight; without the section all weights train
     alpha: Positive = 32  # the adapter counts alpha / rank times; so the rank hardly changes which lr is right
     targets: Targets = "all-linear"  # of the decoder layers; or a list of their names, e.g. [q_proj, v_proj]
 
