@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from prime_fast.data.labelled import Labelled
 from prime_fast.engine import distributed
 from prime_fast.evaluation.bestofn import response_logprobs
+from prime_fast.views.show.record import pieces
 
 WRONG = 0.5  # the label of a wrong step is below
 
@@ -54,15 +54,6 @@ def score_steps(
         records = [_record(row, reward, tokenizer) for row, reward in zip(found, rewards, strict=True)]
     known = dict(distributed.gather_lists(list(zip(share, records, strict=True))))
     return [[known[number, i] for i in range(len(file))] for number, file in enumerate(files)]
-
-
-def pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text that each token adds. A character whose bytes several tokens share is the last one's."""
-    stream = DecodeStream(skip_special_tokens=False)
-    found = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
-    if found:
-        found[-1] += tokenizer.decode(tokens)[sum(map(len, found)) :]
-    return found
 
 
 def _record(row: dict, reward: Tensor, tokenizer: Any) -> dict[str, Any]:

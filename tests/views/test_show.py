@@ -88,7 +88,7 @@ BAD = {
     '{"pieces": ["a"], "tokens": [1.5]}': '"tokens" is no list of 1 numbers',
     '{"pieces": ["a"], "step": "1"}': "\"step\" is '1', no int",
     '{"pieces": ["a", "b"], "steps": [[0, 1]]}': '"steps" are not [first, end] of one step after the other',
-    '{"pieces": ["a", "b"], "steps": [[0, 0], [0, 2]]}': '"steps" are not',
+    '{"pieces": ["a", "b"], "steps": [[0, 0], [1, 2]]}': '"steps" are not',
     '{"pieces": ["a", "b"], "steps": 1}': '"steps" are not',
 }
 

@@ -99,6 +99,8 @@ def parsed(line: str | bytes, where: str) -> dict[str, Any]:
             raise ValueError(f'{where}: "{name}" is {found[name]!r}, no {kind.__name__}')
     if "steps" in found and not _are_steps(found["steps"], count):
         raise ValueError(f'{where}: "steps" are not [first, end] of one step after the other, from 0 to {count}')
+    if "steps" in found:  # one that begins and ends within a token has no text of its own
+        found["steps"] = [step for step in found["steps"] if step[0] < step[1]]
     return found
 
 
@@ -113,7 +115,7 @@ def _are_steps(steps: Any, count: int) -> bool:
         return False
     edges = [edge for step in steps for edge in step]
     follows = all(end == start for end, start in zip(edges[1:-1:2], edges[2::2], strict=True))
-    return bool(edges) and (edges[0], edges[-1]) == (0, count) and follows and all(a < b for a, b in steps)
+    return bool(edges) and (edges[0], edges[-1]) == (0, count) and follows and all(a <= b for a, b in steps)
 
 
 def steps_of(found: dict[str, Any]) -> list[list[int]]:
