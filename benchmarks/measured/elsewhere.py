@@ -48,7 +48,7 @@ others: F1 {found["f1"]:.1%} ({found["responses"]} answers, threshold from other
 
 
 def in_trl() -> str:
-    """PRIME in TRL's loop."""
+    """PRIME in TRL."""
     result = load("trl.json")
     rewards = [step["reward"] for step in result["steps"]]
     first, last = (sum(part) / ENDS for part in (rewards[:ENDS], rewards[-ENDS:]))
