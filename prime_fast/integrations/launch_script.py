@@ -10,9 +10,11 @@ from typing import Any
 
 from prime_fast import yaml_text
 
-ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-OVERRIDE = re.compile(r"[+~]*([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.DOTALL)  # a dotted key, which no shell variable has
-VARIABLE = re.compile(r"\$(?:\{(\w+|[@*])\}|(\w+|[@*#?]))")
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
+KEY = r"([A-Za-z_]\w*(?:\.\w+)+)"  # dotted, as no shell variable is
+OVERRIDE = re.compile(rf"\+*{KEY}=(.*)", re.DOTALL)
+DELETION = re.compile(rf"~{KEY}(?:=.*)?", re.DOTALL)
+VARIABLE = re.compile(r"(?<!\\)\$(?:\{(\w+|[@*])\}|(\w+|[@*#?]))")
 ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
 OPERATIONS = {
     ast.Add: operator.add,
@@ -22,14 +24,15 @@ OPERATIONS = {
     ast.Mod: operator.mod,
 }
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # of Hydra
-Lookup = Callable[[str, str], list[str]]  # a variable's name and default -> its words, several if it is an array
+Lookup = Callable[[str], list[str] | None]  # a variable's name -> its words, several if it is an array; None: not known
 
 
 def settings_of(text: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """{dotted key: value}, of a later setting where one comes twice.
 
     A script's variables are those that it assigns before, then those of `environment`. It is read, not run: what other
-    programs compute for it, `$(...)`, stays as it stands. Raises ValueError where there is no setting at all.
+    programs compute for it, `$(...)`, and variables that are none of those stay as they stand. A key that is deleted
+    (`~key`) has the value None. Raises ValueError where there is no setting at all.
     """
     found = dict(_overrides(text, environment))
     if not found and isinstance(tree := yaml_text.read(text), dict):
@@ -62,40 +65,51 @@ def _followed(value: Any, settings: Mapping[str, Any]) -> Any:
 def _overrides(text: str, environment: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     variables: dict[str, list[str]] = {}
 
-    def value_of(name: str, default: str) -> list[str]:
-        return variables.get(name) or [environment.get(name, default)]
+    def value_of(name: str) -> list[str] | None:
+        known = [environment[name]] if name in environment else None
+        return variables.get(name, known)
 
     for words in _commands(text):
         for word in words:
             plain = _unquoted(word, value_of)
-            settings = [found for found in map(OVERRIDE.fullmatch, plain) if found]
+            settings = [pair for pair in map(_setting, plain) if pair]
             if settings:  # several of an array
-                yield from ((found[1], _value(found[2])) for found in settings)
-            elif (assigned := ASSIGNMENT.fullmatch(word)) and assigned[2].startswith("("):
-                inner = (word for words in _commands(assigned[2][1:-1]) for word in words)
-                variables[assigned[1]] = [part for word in inner for part in _unquoted(word, value_of)]
-            elif assigned:
-                variables[assigned[1]] = _unquoted(assigned[2], value_of)
+                yield from settings
+            elif assigned := ASSIGNMENT.fullmatch(word):
+                name, adds, value = assigned.groups()
+                before = (value_of(name) or []) if adds else []
+                if value.startswith("("):
+                    inner = (word for words in _commands(value[1:-1]) for word in words)
+                    variables[name] = before + [part for word in inner for part in _unquoted(word, value_of)]
+                else:
+                    variables[name] = ["".join(before + _unquoted(value, value_of, splits=False))]
 
 
-def _value(text: str) -> Any:
+def _setting(text: str) -> tuple[str, Any] | None:
+    if deleted := DELETION.fullmatch(text):
+        return deleted[1], None
+    if not (found := OVERRIDE.fullmatch(text)):
+        return None
     try:
-        return yaml_text.read(text)
+        return found[1], yaml_text.read(found[2])
     except ValueError:
-        return text
+        return found[1], found[2]
 
 
 def _commands(text: str) -> Iterator[list[str]]:
     """The words of each command, with their quotes; whitespace within quotes or parentheses ends none."""
-    words, word, quote, depth, comment = [], "", "", 0, False
+    words, word, quote, depth, comment, literal = [], "", "", 0, False, False
     text = (text + "\n").replace("\\\n", "\r")  # a line that goes on, unless it is a comment
     for before, character in zip("\n" + text, text, strict=False):
-        ends = character in "\n\r;" or character.isspace()
+        literal = before == "\\" and not literal and quote != "'"  # behind a backslash
+        ends = (character in "\n\r;|&" or character.isspace()) and not literal
         comment = comment and character not in "\n\r"
         if comment or (character == "#" and before.isspace() and not quote):
             comment = True
             continue
-        if quote:
+        if literal:
+            pass
+        elif quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
             quote = character
@@ -106,43 +120,52 @@ def _commands(text: str) -> Iterator[list[str]]:
             continue
         words += [word] if word else []
         word = ""
-        if character in "\n;":
+        if character in "\n;|&":
             yield words
             words, depth = [], 0
 
 
-def _unquoted(word: str, value_of: Lookup) -> list[str]:
-    """What bash makes of a word: quotes removed, variables filled in outside of single ones; an array gives several."""
-    array = re.fullmatch(r'"?\$\{(\w+)\[@\]\}"?', word)
+def _unquoted(word: str, value_of: Lookup, splits: bool = True) -> list[str]:
+    """What bash makes of a word: quotes removed, variables filled in outside of single ones. An array gives several,
+    and so does a variable with blanks in it that is the whole word, without quotes, if the word `splits`."""
+    array = re.fullmatch(r'"?\$\{(\w+)\[[@*]\]\}"?', word)
     if array:
-        return value_of(array[1], "")
+        return value_of(array[1]) or []
+    whole = re.fullmatch(r"\$(?:\{(\w+)\}|(\w+))", word)
+    if whole and splits:
+        return [part for known in value_of(whole[1] or whole[2]) or [word] for part in known.split()]
     word = _with_defaults(word, value_of)
-    parts = re.findall(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|[^'\"]+", word)
+    parts = re.findall(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^'\"\\])+", word, re.DOTALL)
     text = ""
     for part in parts:
         if part.startswith("'"):
             text += part[1:-1]
             continue
-        inner = part[1:-1].replace('\\"', '"').replace("\\$", "$") if part.startswith('"') else part
 
         def filled(match: re.Match) -> str:
             name = match[1] or match[2]
-            return "" if name in "@*#?" else " ".join(value_of(name, ""))
+            known = [] if name in "@*#?" else value_of(name)
+            return match[0] if known is None else " ".join(known)
 
+        inner = part[1:-1] if part.startswith('"') else part
         named = ARITHMETIC.sub(lambda found: re.sub(r"(?<![$\w{])([A-Za-z_]\w*)", r"$\1", found[0]), inner)
-        text += ARITHMETIC.sub(_computed, VARIABLE.sub(filled, named))
+        filled_in = ARITHMETIC.sub(_computed, VARIABLE.sub(filled, named))
+        text += re.sub(r'\\(["$`\\])' if part.startswith('"') else r"\\(.)", r"\1", filled_in, flags=re.DOTALL)
     return [text]
 
 
 def _with_defaults(word: str, value_of: Lookup) -> str:
-    """With what is meant in the place of each ${NAME:-default}, whose default may hold others."""
-    while found := re.search(r"\$\{(\w+):?-", word):
+    """With what is meant in the place of each ${NAME:-default}, whose default may hold others; also of := and :+."""
+    while found := re.search(r"\$\{(\w+)(:?)([-=+])", word):
         depth, end = 1, found.end()
         while depth and end < len(word):
             depth += (word[end] == "{") - (word[end] == "}")
             end += 1
-        default = "".join(_unquoted(word[found.end() : end - 1], value_of))
-        word = word[: found.start()] + " ".join(value_of(found[1], default)) + word[end:]
+        other = "".join(_unquoted(word[found.end() : end - 1], value_of, splits=False))
+        known = value_of(found[1])
+        counts = known is not None and (not found[2] or any(known))  # with a colon an empty one is as none
+        meant = other if counts == (found[3] == "+") else "" if known is None else " ".join(known)
+        word = word[: found.start()] + meant + word[end:]
     return word
 
 

@@ -124,10 +124,10 @@ class _Run:
         self.ours: dict[str, Any] = {}
         self.left: dict[str, str] = {}
         self.assumed: dict[str, str] = {}
-        for key in [key for key, value in found.items() if re.search(r"\$[({]|`", str(value))]:
+        for key in [key for key, value in found.items() if re.search(r"\$[({\w]|`", str(value))]:
             self.left[f"{key}={found.pop(key)}"] = "its value is made elsewhere; convert again with it in the place"
         for key, value in found.items():
-            if NUMBER.fullmatch(key) and isinstance(value, str):
+            if NUMBER.fullmatch(key) and not isinstance(value, int | float | None):
                 raise ValueError(f"{key}={value} is no number; give one")
         self.settings = DEFAULTS[self.program] | {key: value for key, value in found.items() if value is not None}
 
@@ -194,7 +194,7 @@ class _Run:
         if any(value is not None for value in gamma):
             self.ours["prime.gamma"] = [1.0 if value is None else value for value in gamma]
         if self.program == VERL:
-            self.ours["prime.process_weight"] = 0.0
+            self.ours |= {"prime.process_weight": 0.0, "prime.whiten": False}  # its grpo and rloo do not
             return
         process, outcome = (self.take(f"algorithm.reward_{kind}_coef", 5) for kind in ("dpo", "gt"))
         if self.program == PUBLISHED and not self.settings["reward_model.rm_coef"]:
@@ -254,7 +254,7 @@ class _Run:
         self.carry("trainer.total_training_steps", "steps")
         for theirs, ours in (("save", "checkpoint"), ("test", "eval")):
             self.carry(f"trainer.{theirs}_freq", f"log.{ours}_every", lambda steps: max(0, steps))
-        if "tensorboard" in (self.settings.get("trainer.logger") or ()):
+        if "tensorboard" in str(self.settings.get("trainer.logger")):
             self.ours["log.tensorboard"] = True
         function = self.take("custom_reward_function.path")
         if function:

@@ -142,6 +142,7 @@ def test_a_yaml_without_a_prm():
     made = convert(GRPO, HOME)
     config = made.config
     assert config.prime.process_weight == 0 and config.prime.estimator == "grpo"
+    assert not config.prime.whiten  # verl's grpo and rloo leave advantages as they are
     assert config.rollout.keep == (0.01, 0.99) and (config.rollout.samples, config.policy.mini_batch) == (5, 20)
     assert config.policy.clip == (0.3, 0.4) and config.policy.mean == "row" and config.policy.schedule == "cosine"
     assert (config.steps, config.seed, config.log.checkpoint_every, config.log.tensorboard) == (30, 7, 0, True)
@@ -151,12 +152,42 @@ def test_a_yaml_without_a_prm():
 
 
 @pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("ARGS=(a.b=1)\nARGS+=(a.c=2)\nrun ${ARGS[*]}", {"a.b": 1, "a.c": 2}),
+        ("MORE='a.b=1'\nMORE+=' a.c=2'\nrun $MORE a.d=x", {"a.b": 1, "a.c": 2, "a.d": "x"}),
+        ('MORE="u v"\nrun a.b="$MORE"', {"a.b": "u v"}),
+        ("X=7\nrun ${X:+a.b=1} ${Y:+a.c=2} a.d=${X:+is} a.e=${Y:+not}", {"a.b": 1, "a.d": "is", "a.e": None}),
+        ("X=\nrun a.b=${X:-1} a.c=${X-1} a.d=${Y-2} a.e=${Z:=3}", {"a.b": 1, "a.c": None, "a.d": 2, "a.e": 3}),
+        (r"D=/data" "\n" r"run a.b=[\"$D/x\",\"$D/z\"]", {"a.b": ["/data/x", "/data/z"]}),
+        (r'run a.b="\$X" a.c=x\ y', {"a.b": "$X", "a.c": "x y"}),
+        ("run a.b=1 a.c=2|tee log", {"a.b": 1, "a.c": 2}),
+        ("run a.b=1& wait", {"a.b": 1}),
+        ("run a.b=1 a.c=2 ~a.b +a.d=3 ~a.c=2 ++a.d=4", {"a.b": None, "a.c": None, "a.d": 4}),
+        ("run a.b=$1 a.c=x/$UNKNOWN a.d=$((N * 2))", {"a.b": "$1", "a.c": "x/$UNKNOWN", "a.d": "$(($N * 2))"}),
+    ],
+)
+def test_words_are_what_bash_and_hydra_make_of_them(script, found):
+    assert settings_of(script, {}) == found
+
+
+def test_a_variable_that_nobody_sets_is_told():
+    """bash would take it for empty, which is no setting at all; the default in its place is not what was meant."""
+    script = f"{RECIPE} actor_rollout_ref.actor.optim.lr=$LR"
+    made = convert(script, HOME)
+    assert made.left["actor_rollout_ref.actor.optim.lr=$LR"].startswith("its value is made elsewhere")
+    assert "policy.lr=1.0e-06" in made.assumed
+    assert convert(script, HOME | {"LR": "3e-7"}).config.policy.lr == 3e-7
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("echo nothing", "no setting of the form section.key=value"),
         ("a: [", "is not valid YAML"),
         ("data.train_batch_size=8", "actor_rollout_ref.model.path is missing"),
         ("data.train_batch_size=many actor_rollout_ref.model.path=m", "data.train_batch_size=many is no number"),
+        ("trainer.save_freq=[8] actor_rollout_ref.model.path=m", "trainer.save_freq=[8] is no number"),
         (
             "actor_rollout_ref.model.path=m data.max_prompt_length=0",
             "what was carried does not fit together",
