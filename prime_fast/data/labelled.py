@@ -206,7 +206,7 @@ def _found(row: dict, numbered: bool) -> Iterator[tuple[dict, Any, Any, bool, li
             raise ValueError("has no response: it has none of response, responses, completions, chosen and steps")
         prompt, text = _split(given)
         steps = row["steps"] if _are_texts(row.get("steps")) else None
-        yield prompt, text, label, bool(row.get("truncated")), steps, row.get("step_labels")
+        yield prompt, text, label, _flag(row.get("truncated")), steps, row.get("step_labels")
 
 
 def _several(row: dict, texts: Any, labels: Any) -> Iterator[tuple[Any, Any, bool, None, Any]]:
@@ -222,7 +222,7 @@ def _several(row: dict, texts: Any, labels: Any) -> Iterator[tuple[Any, Any, boo
             raise ValueError(f"has {len(texts)} responses and {len(values)} {name}")
         columns.append(values if values is not None else [None] * len(texts))
     for text, label, truncated, step_labels in zip(texts, *columns, strict=True):
-        yield text, label, bool(truncated), None, step_labels
+        yield text, label, _flag(truncated), None, step_labels
 
 
 def _process_bench(row: dict, label: Any, numbered: bool) -> tuple[dict, str, Any, bool, list[str], Any]:
@@ -235,7 +235,7 @@ def _process_bench(row: dict, label: Any, numbered: bool) -> tuple[dict, str, An
         if not isinstance(label, int) or not -1 <= label < len(steps):
             raise ValueError(f"has steps and a label {label!r:.60}, which is neither -1 nor the number of one from 0")
         right = len(steps) if label == -1 else label
-        step_labels, label = [1] * right + [0] * (len(steps) - right), int(bool(row["final_answer_correct"]))
+        step_labels, label = [1] * right + [0] * (len(steps) - right), row["final_answer_correct"]
     return {}, text, label, False, steps, step_labels
 
 
@@ -251,6 +251,12 @@ def _split(response: Any) -> tuple[dict, Any]:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _flag(truncated: Any) -> bool:
+    if truncated not in (None, False, True):
+        raise ValueError(f"has truncated {truncated!r:.60}, which is neither true nor false")
+    return bool(truncated)
 
 
 def _number(key: str, value: Any) -> float:

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from prime_fast import durable
+from prime_fast.data.labelled import OURS
 from prime_fast.data.models import load_tokenizer
 from prime_fast.data.shapes import ADDED, WHERE
 from prime_fast.engine import distributed
@@ -54,9 +55,9 @@ def rollouts(settings: Settings, console: Console) -> Path:
 
 
 def _row(problem: Problem, record: dict) -> dict:
-    """Empty responses, of which a PRM has nothing to say, are left out."""
+    """Empty responses, of which a PRM has nothing to say, are left out, and so are labelled ones that the row had."""
     added = problem.row.get(ADDED, ())
-    row = {key: value for key, value in problem.row.items() if key not in MADE and key not in added}
+    row = {key: value for key, value in problem.row.items() if key not in (*MADE, *added, *OURS)}
     kept = [k for k, text in enumerate(record["responses"]) if text]
     columns = {"responses": "responses", "label": "outcomes", "truncated": "truncated"}
     return row | {ours: [record[theirs][k] for k in kept] for ours, theirs in columns.items()}

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from prime_fast.cli import main
 from prime_fast.engine import checkpoint
 from prime_fast.metrics import read_metrics
-from prime_fast.stages import prm
+from prime_fast.stages import prm, rollouts
 
 VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib")
 OPTIONS = ["prm.lr=1e-3", "prm.mini_batch=24", "log.eval_every=4", "log.checkpoint_every=3", "data.eval_rows=40"]
@@ -186,6 +187,15 @@ def test_what_is_asked_of_the_rows(command, tmp_path, capsys, workspace):
     assert "offline.data is empty" in capsys.readouterr().err
     assert main(["train", str(workspace / "config.yaml"), "prm.loss=dpo"]) == 2
     assert "prm.loss=dpo is for prime-fast prm" in capsys.readouterr().err
+
+
+def test_rollouts_take_the_place_of_the_responses_of_a_row():
+    """Which a PRM would else be trained on, as they come first."""
+    had = {"chosen": "2", "rejected": "3", "completions": ["4"], "correctness": [True], "step_labels": [1], "id": 7}
+    problem = SimpleNamespace(row={"prompt": [{"role": "user", "content": "1+1:"}]} | had)
+    row = rollouts._row(problem, {"responses": ["5", "", "6"], "outcomes": [0.0, 0.0, 1.0], "truncated": [0, 0, 1]})
+    assert row.pop("id") == 7 and row.pop("prompt") == problem.row["prompt"]
+    assert row == {"responses": ["5", "6"], "label": [0.0, 1.0], "truncated": [0, 1]}
 
 
 def test_killed_rollouts_end_with_the_same_file(workspace, tmp_path, monkeypatch, capsys):

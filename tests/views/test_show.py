@@ -85,6 +85,9 @@ BAD = {
     '{"pieces": ["a", 1]}': '"pieces" is no list of texts',
     '{"pieces": ["a", "b"], "reward": [1]}': '"reward" is no list of 2 numbers',
     '{"pieces": ["a"], "value": [NaN]}': '"value" is no list of 1 numbers',
+    f'{{"pieces": ["a"], "reward": [1{"0" * 400}]}}': '"reward" is no list of 1 numbers',
+    '{"pieces": ["a", "b"], "reward": [1e308, 1e308]}': '"reward" is no list of 2 numbers',
+    "[" * 100_000: "is not JSON",
     '{"pieces": ["a"], "tokens": [1.5]}': '"tokens" is no list of 1 numbers',
     '{"pieces": ["a"], "step": "1"}': "\"step\" is '1', no int",
     '{"pieces": ["a", "b"], "steps": [[0, 1]]}': '"steps" are not [first, end] of one step after the other',
@@ -93,9 +96,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("text", BAD)
-def test_a_line_that_is_no_record_is_named(text, tmp_path, capsys):
-    (tmp_path / "x.jsonl").write_text(json.dumps(line()) + "\n" + text + "\n")
+@pytest.mark.parametrize(
+    ("text", "end"), [(text, "\n") for text in BAD] + [('{"pieces": ["a"], "value": [NaN]}', "")], ids=range(len(BAD) + 1)
+)
+def test_a_line_that_is_no_record_is_named(text, end, tmp_path, capsys):
+    """Also the last one without an end, if it is no half of a record."""
+    (tmp_path / "x.jsonl").write_text(json.dumps(line()) + "\n" + text + end)
     assert main(["show", str(tmp_path / "x.jsonl")]) == 2
     told = capsys.readouterr().err
     assert (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prime_fast.views.show import record as records
-from prime_fast.views.show.record import PER_TOKEN, parsed, steps_of, tokens_file, visible
+from prime_fast.views.show.record import PER_TOKEN, NoJson, parsed, steps_of, tokens_file, visible
 
 PAGE_BYTES = 32 << 20  # of the records that a page is made of
 NAMED = 12  # steps or rows that a message lists
@@ -120,7 +120,7 @@ def _lines(file: Path) -> Iterator[Line]:
         for number, text in enumerate(opened, 1):
             try:
                 found = parsed(text, f"{file} line {number}") if text.strip() else None
-            except ValueError:
+            except NoJson:
                 if text.endswith(b"\n"):
                     raise
                 return

@@ -16,7 +16,6 @@ All but `pieces` may be missing; in its place `response`, the text as one piece.
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 DIGITS = 4  # significant ones that are kept of a number
 PER_TOKEN = {"reward": float, "advantage": float, "value": float, "tokens": int}
 ABOUT = {"step": int, "row": int, "group": int, "outcome": float, "prompt": str, "truncated": bool}
+LARGEST = 1e100  # number; beyond, sums have no end
 JOINERS = "\n\t\u200c\u200d"  # characters without a picture of their own that belong into text
 
 
@@ -79,12 +79,16 @@ def rounded(values: Any) -> list[float]:
     return (np.rint(x * unit) / unit).tolist()
 
 
+class NoJson(ValueError):
+    """A line that is none, as the last one is that a kill has left half-written."""
+
+
 def parsed(line: str | bytes, where: str) -> dict[str, Any]:
     """A record out of a line of JSON; ValueError, which begins with `where`, if it is none."""
     try:
         found = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise NoJson(f"{where} is not JSON ({error})") from None
     if not isinstance(found, dict) or not ("pieces" in found or isinstance(found.get("response"), str)):
         raise ValueError(f'{where} is no object with "pieces", the texts of a response\'s tokens')
     found.setdefault("pieces", [found.get("response")])
@@ -107,7 +111,7 @@ def parsed(line: str | bytes, where: str) -> dict[str, Any]:
 def _all(values: Any, kind: type) -> bool:
     types = {int, float} if kind is float else {kind}
     fits = isinstance(values, list) and set(map(type, values)) <= types
-    return fits and (kind is not float or all(map(math.isfinite, values)))
+    return fits and (kind is not float or all(abs(value) <= LARGEST for value in values))
 
 
 def _are_steps(steps: Any, count: int) -> bool:
