@@ -107,7 +107,8 @@ class Prm(Loop):
         rows = sum(map(len, self.units))
         self.per_step = max(1, round(config.prm.mini_batch * len(self.units) / rows))
         steps = max(1, round(config.offline.epochs * len(self.units) / self.per_step))
-        engine = Engine(STAGE, inputs.start, _model(config, inputs, device), config.engine, config.prm, device)
+        section, model = config.prm, _model(config, inputs, device)
+        engine = Engine(STAGE, inputs.start, model, config.engine, section, device, section.lora, config.seed)
         sampler = PromptSampler(len(self.units), config.seed)
         evaluates = self.held_out is not None
         super().__init__(config, inputs.tokenizer, inputs.identity, engine, config.prm, sampler, steps, evaluates)

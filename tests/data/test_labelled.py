@@ -135,7 +135,10 @@ def test_steps_of():
         ({"prompt": None}, "has no prompt"),
         ({"step_labels": [1, 0]}, "has 2 step_labels for a response of 1 steps"),
         ({"response": None, "steps": ["1"], "final_answer_correct": True, "label": 1}, "which is neither -1 nor"),
-        ({"response": None, "steps": ["1"], "final_answer_correct": "False", "label": -1}, "label 'False', which is no"),
+        (
+            {"response": None, "steps": ["1"], "final_answer_correct": "False", "label": -1},
+            "label 'False', which is no",
+        ),
         ({"truncated": "false"}, "has truncated 'false', which is neither true nor false"),
     ],
     ids=str,

@@ -75,6 +75,18 @@ def test_a_run_leaves_what_it_promises(straight, workspace):
     assert all(torch.equal(tensor, last[name]) for name, tensor in weights(run_dir / "model").items())
 
 
+def test_an_adapter_is_what_trains(command, workspace, tmp_path):
+    run = tmp_path / "run"
+    lora = ["prm.lora.rank=4", "prm.lora.targets=[q_proj, v_proj]", "prm.lr=2e-2"]
+    assert main(command(run, "offline.epochs=1", *lora)) == 0
+    first, *_, last = read_metrics(run)
+    assert first["eval_loss"] == pytest.approx(np.log(2)) and last["eval_loss"] < first["eval_loss"]
+    before, after = weights(workspace / "model"), weights(run / "model")
+    changed = {name.split(".")[-2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"q_proj", "v_proj"}
+    assert json.loads((run / "model/adapter/adapter_config.json").read_text())["r"] == 4
+
+
 def test_a_run_resumes_to_the_same_bits_and_keeps_the_reference(straight, command, tmp_path, capsys):
     run_dir, records = straight
     half = tmp_path / "run"

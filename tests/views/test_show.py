@@ -97,7 +97,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    ("text", "end"), [(text, "\n") for text in BAD] + [('{"pieces": ["a"], "value": [NaN]}', "")], ids=range(len(BAD) + 1)
+    ("text", "end"),
+    [(text, "\n") for text in BAD] + [('{"pieces": ["a"], "value": [NaN]}', "")],
+    ids=range(len(BAD) + 1),
 )
 def test_a_line_that_is_no_record_is_named(text, end, tmp_path, capsys):
     """Also the last one without an end, if it is no half of a record."""
