@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from prime_fast import durable
 from prime_fast.config import ModelConfig, PrimeConfig, load_config
-from prime_fast.data.labelled import Reading, load_labelled
+from prime_fast.data.labelled import Labelled, Reading, load_labelled
 from prime_fast.data.models import load_tokenizer, model_config
 from prime_fast.engine import distributed
 from prime_fast.engine.model import training_dtype
@@ -50,8 +51,8 @@ def answer(question: Question, console: Console) -> dict[str, Any]:
         raise ValueError("--threshold and --threshold-from both say where a step begins to be wrong; leave one out")
     if question.threshold is not None and not 0 < question.threshold < 1:
         raise ValueError(f"--threshold {question.threshold:g} is no chance between 0 and 1")
-    if question.beta is not None and question.beta <= 0:
-        raise ValueError(f"--beta {question.beta:g} must be above 0")
+    if question.beta is not None and not 0 < question.beta < math.inf:
+        raise ValueError(f"--beta {question.beta:g} must be a number above 0")
     try:
         re.compile(question.separators)
     except re.error as error:
@@ -78,12 +79,25 @@ def answer(question: Question, console: Console) -> dict[str, Any]:
     files = [load_labelled(name, tokenizer, **options) for name in names]
     for file in files:
         console.print(str(file.rows), soft_wrap=True, markup=False)
+    if question.threshold is None:
+        _check_labels(question, dict(zip(names, files, strict=True)))
     records = steps.score_steps(files, (prm, reference), tokenizer, beta=beta, dtype=dtype, device=device)
     found = dict(zip(names, records, strict=True))
     summary = _summarise(question, found)
     if distributed.rank() == 0:
         _write(question, found, summary, console)
     return summary
+
+
+def _check_labels(question: Question, files: dict[str, Labelled]) -> None:
+    """That a threshold can be had from them is told before they are all scored."""
+
+    def wrong(names: list[str]) -> set[int]:
+        found = {steps.first_error(files[name].rows[i]) for name in names for i in range(len(files[name]))}
+        return found - {None}
+
+    if asked := wrong(question.rows):
+        steps.check_both_kinds(wrong([question.threshold_from]) if question.threshold_from else asked)
 
 
 def _models(question: Question) -> tuple[str, str, float]:
@@ -119,7 +133,8 @@ def _summarise(question: Question, found: dict[str, list[dict]]) -> dict[str, An
     files = {name: steps.process_bench(records, threshold) for name, records in asked.items()}
     scores = [numbers["f1"] for numbers in files.values() if numbers["f1"] is not None]
     mean = sum(scores) / len(scores) if scores else None
-    return {"threshold": 1 / (1 + math.exp(-threshold)), "threshold_from": told, "files": files, "f1": mean}
+    chance = float(np.exp(-np.logaddexp(0, -threshold)))
+    return {"threshold": chance, "threshold_from": told, "files": files, "f1": mean}
 
 
 def _write(question: Question, found: dict[str, list[dict]], summary: dict[str, Any], console: Console) -> None:

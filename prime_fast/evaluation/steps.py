@@ -71,9 +71,15 @@ def _record(row: dict, reward: Tensor, tokenizer: Any) -> dict[str, Any]:
     }
     if row["label"] is not None:
         record["outcome"] = row["label"]
-    if row.get("step_labels"):
-        record["first_error"] = next((k for k, label in enumerate(row["step_labels"]) if label < WRONG), -1)
+    if (wrong := first_error(row)) is not None:
+        record["first_error"] = wrong
     return record
+
+
+def first_error(row: dict) -> int | None:
+    """The first step that is labelled wrong, or -1; None where no step is labelled."""
+    labels = row.get("step_labels")
+    return next((k for k, label in enumerate(labels) if label < WRONG), -1) if labels else None
 
 
 def _token_ends(response: str, step_ends: Sequence[int], texts: Sequence[str], tokenizer: Any) -> list[int]:
@@ -103,19 +109,24 @@ def predict(record: dict[str, Any], threshold: float) -> int:
     return int(below[0]) if len(below) else -1
 
 
+def check_both_kinds(first_errors: set[int]) -> None:
+    """Raises ValueError where no threshold is better than another."""
+    if len({wrong < 0 for wrong in first_errors}) < 2:
+        raise ValueError(
+            "a threshold needs responses with a wrong step and responses without, and these are all of one kind; give "
+            "--threshold, or --threshold-from with rows of both"
+        )
+
+
 def best_threshold(records: Sequence[dict[str, Any]]) -> float:
     """Log-odds with the highest F1 on these records; the lowest of those that are as good.
 
     A response is judged right by the thresholds t of one interval: t <= its lowest step where none is wrong, else
     the wrong step < t <= the lowest before it. Only the upper ends of intervals can be best.
     """
+    check_both_kinds({record["first_error"] for record in records})
     clean = [log_odds(record).min() for record in records if record["first_error"] < 0]
     wrong = [(log_odds(record), record["first_error"]) for record in records if record["first_error"] >= 0]
-    if not clean or not wrong:
-        raise ValueError(
-            "a threshold needs responses with a wrong step and responses without, and these are all of one kind; give "
-            "--threshold, or --threshold-from with rows of both"
-        )
     at = np.array([odds[k] for odds, k in wrong])
     before = np.array([odds[:k].min(initial=math.inf) for odds, k in wrong])
     at, before = at[at < before], before[at < before]

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from prime_fast.cli import main
 from prime_fast.data.models import load_tokenizer
+from prime_fast.evaluation import steps
+from prime_fast.evaluation.step_files import Question, _summarise
 from prime_fast.evaluation.steps import best_threshold, log_odds, pieces, predict, process_bench
 
 STEPS = ["1+1=2,", "2+2=5,", "5"]
@@ -114,6 +116,25 @@ def test_a_given_threshold_and_what_is_missing(scored, tmp_path, monkeypatch, ca
     assert "give --reference" in capsys.readouterr().err
     assert main([*words, "--threshold", "1"]) == 2
     assert "--threshold 1 is no chance between 0 and 1" in capsys.readouterr().err
+
+
+def test_rows_that_give_no_threshold_are_told_before_they_are_scored(scored, tmp_path, monkeypatch, capsys):
+    rows = [{"problem": "1+1:", "steps": STEPS, "final_answer_correct": False, "label": label} for label in (0, 2)]
+    (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words, wrong = scored[0], str(tmp_path / "wrong.jsonl")
+    monkeypatch.setattr(steps, "score_steps", None)
+    for more in ([*words[:2], wrong, *words[3:]], [*words, "--threshold-from", wrong]):
+        assert main(more) == 2
+        assert "a threshold needs responses with a wrong step and responses without" in capsys.readouterr().err
+    for beta in ("nan", "inf", "0"):
+        assert main([*words, "--beta", beta]) == 2
+        assert f"--beta {beta} must be a number above 0" in capsys.readouterr().err
+
+
+def test_a_threshold_far_out_is_a_chance(tmp_path):
+    records = [{"step_reward": [-2000.0], "first_error": -1}, {"step_reward": [-3000.0], "first_error": 0}]
+    summary = _summarise(Question("prm", ["rows"], tmp_path / "out"), {"rows": records})
+    assert summary["threshold"] == 0.0 and summary["f1"] == 1.0
 
 
 def test_pieces_of_characters_that_tokens_share(tmp_path):
