@@ -178,6 +178,8 @@ def _responses(row: Any, reading: Reading) -> Iterator[dict]:
         if not labels or not reading.cut:
             yield whole | {"step_ends": ends, "step_labels": labels}
             continue
+        if not ends[0]:
+            raise ValueError("has an empty first step, of which there is nothing to learn")
         for k, end in enumerate(ends, 1):
             last = k == len(ends)
             yield whole | {"response": text[:end], "ends": last and not truncated, "label": min(labels[:k]), "part": k}

@@ -107,6 +107,14 @@ def test_labelled_steps_cut_a_response(load, tokenizer):
     assert whole.rows[0]["step_ends"] == [6, 12, 13] and whole.rows[0]["step_labels"] == [1, 0, 1]
 
 
+def test_an_empty_step_at_the_beginning_is_told(load):
+    """A response of no token has no loss; scored whole it may have one."""
+    row = {"prompt": asked("1+1:"), "response": "2", "steps": ["", "2"], "step_labels": [1, 1], "label": 1}
+    with pytest.raises(ValueError, match="row 1 has an empty first step, of which there is nothing to learn"):
+        load(row, cut=True)
+    assert load(row).rows[0]["step_ends"] == [0, 1]
+
+
 def test_processbench_steps(load):
     row = SHAPES["processbench"][0]
     found = load(row, row | {"label": -1, "final_answer_correct": True}, numbered=True)
