@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
@@ -63,6 +64,13 @@ class PrimeTrainer(GRPOTrainer):
             raise ValueError("prm_update='none' needs a PRM that was trained elsewhere; pass it as prm_model")
         if not path:
             raise ValueError("the policy has no path to load the reference from; pass model as a path or hub id")
+        if isinstance(prm, str):
+            tokenizer = AutoTokenizer.from_pretrained(prm, trust_remote_code=args.trust_remote_code)
+            if tokenizer.get_vocab() != self._tokenizer.get_vocab():
+                raise ValueError(
+                    f"the tokenizer of prm_model={prm!r} differs from that of the policy, whose tokens a PRM reads; "
+                    "pass a PRM that shares it"
+                )
         initial = partial(self._load, path, (args.model_init_kwargs or {}).get("revision"))  # the policy's checkpoint
         prm = initial() if prm is None else self._load(prm) if isinstance(prm, str) else prm
         disable_dropout_in_model(prm)

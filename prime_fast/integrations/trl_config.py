@@ -1,6 +1,7 @@
 """What PrimeTrainer is told, and what of GRPOConfig it cannot do."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from trl import GRPOConfig
@@ -58,9 +59,18 @@ class PrimeConfig(GRPOConfig):
             )
         if self.prm_update not in ("after", "before", "none"):
             raise ValueError(f"prm_update is {self.prm_update!r}, needs 'after', 'before' or 'none'")
+        if not 0 < self.prm_beta < inf:
+            raise ValueError(f"prm_beta is {self.prm_beta}, needs a number above 0, or the PRM learns nothing")
+        for name in ("process_weight", "outcome_weight"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, needs a number that is not below 0")
         if self.prm_batch_size is None:
             self.prm_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        if self.prm_batch_size % self.world_size or self.generation_batch_size % self.prm_batch_size:
+        if (
+            self.prm_batch_size < 1
+            or self.prm_batch_size % self.world_size
+            or self.generation_batch_size % self.prm_batch_size
+        ):
             raise ValueError(
                 f"prm_batch_size={self.prm_batch_size} must be a multiple of the {self.world_size} processes and "
                 f"divide generation_batch_size={self.generation_batch_size}; set another prm_batch_size"

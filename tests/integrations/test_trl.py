@@ -209,7 +209,10 @@ def test_options_that_cannot_be_honoured_are_refused(option, tmp_path):
         ({"loss_type": "cispo"}, "loss_type='cispo' is no PPO-clip loss"),
         ({"entropy_coef": 0.1}, "set loss_type='bnpo', or entropy_coef=0.0"),
         ({"prm_batch_size": 7}, "prm_batch_size=7 must be a multiple of the 1 processes and divide"),
+        ({"prm_batch_size": 0}, "prm_batch_size=0 must be"),
         ({"prm_update": "never"}, "prm_update is 'never', needs"),
+        ({"prm_beta": 0.0}, "prm_beta is 0.0, needs a number above 0"),
+        ({"process_weight": -1.0}, "process_weight is -1.0, needs a number that is not below 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options, message, tmp_path):
@@ -217,7 +220,7 @@ def test_settings_that_do_not_fit_are_refused(options, message, tmp_path):
         PrimeConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **options)
 
 
-def test_what_has_no_outcome_is_refused(workspace, tmp_path):
+def test_what_has_no_outcome_is_refused(workspace, byte_tokenizer, tmp_path):
     groups = rollouts(2)
     trainer = make(str(workspace / "model"), None, tmp_path, groups, process_weight=0.0)
     trainer.model.train()
@@ -228,3 +231,6 @@ def test_what_has_no_outcome_is_refused(workspace, tmp_path):
         PrimeTrainer(str(workspace / "model"), args=GRPOConfig(str(tmp_path), bf16=False, use_cpu=True))
     with pytest.raises(ValueError, match="pass it as prm_model"):
         make(str(workspace / "model"), None, tmp_path, groups, prm_update="none")
+    byte_tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other' differs from that of the policy, whose tokens a PRM reads"):
+        make(str(workspace / "model"), str(tmp_path / "other"), tmp_path, groups)
