@@ -34,7 +34,10 @@ def settings_of(text: str, environment: Mapping[str, str]) -> dict[str, Any]:
     programs compute for it, `$(...)`, and variables that are none of those stay as they stand. A key that is deleted
     (`~key`) has the value None. Raises ValueError where there is no setting at all.
     """
-    found = dict(_overrides(text, environment))
+    if text.startswith("- ") and isinstance(listed := yaml_text.read(text), list):  # .hydra/overrides.yaml
+        found = dict(pair for pair in map(_setting, map(str, listed)) if pair)
+    else:
+        found = dict(_overrides(text, environment))
     if not found and isinstance(tree := yaml_text.read(text), dict):
         found = dict(_flat(tree))
     if not found:

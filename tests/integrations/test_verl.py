@@ -164,6 +164,7 @@ def test_a_yaml_without_a_prm():
         ("run a.b=1 a.c=2|tee log", {"a.b": 1, "a.c": 2}),
         ("run a.b=1& wait", {"a.b": 1}),
         ("run a.b=1 a.c=2 ~a.b +a.d=3 ~a.c=2 ++a.d=4", {"a.b": None, "a.c": None, "a.d": 4}),
+        ("- a.b=['x y', \"z\"]\n- +a.c=it's 1\n- ~a.d\n", {"a.b": ["x y", "z"], "a.c": "it's 1", "a.d": None}),
         ("run a.b=$1 a.c=x/$UNKNOWN a.d=$((N * 2))", {"a.b": "$1", "a.c": "x/$UNKNOWN", "a.d": "$(($N * 2))"}),
     ],
 )
