@@ -107,6 +107,11 @@ def _models(question: Question) -> tuple[str, str, float]:
     prm = find_model(question.prm or question.model, "prm")
     reference = question.reference
     if reference is None and run is not None:
+        if run.prime.reference == "policy" and not run.offline.data:
+            raise ValueError(
+                f"the reference of {question.model} was the policy of each step; give --reference, which may be "
+                f"{question.model} for its newest one"
+            )
         reference = run.model.reference or run.model.policy
     if reference is None:
         raise ValueError(f"{question.model} is no run that names a reference; give --reference, the PRM's")

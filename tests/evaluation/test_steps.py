@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prime_fast.cli import main
+from prime_fast.config import save_config
 from prime_fast.data.models import load_tokenizer
 from prime_fast.evaluation import steps
 from prime_fast.evaluation.step_files import Question, _summarise
@@ -129,6 +130,14 @@ def test_rows_that_give_no_threshold_are_told_before_they_are_scored(scored, tmp
     for beta in ("nan", "inf", "0"):
         assert main([*words, "--beta", beta]) == 2
         assert f"--beta {beta} must be a number above 0" in capsys.readouterr().err
+
+
+def test_a_run_whose_reference_moved_names_none(configure, tmp_path, capsys):
+    told = {"policy": "was the policy of each step; give --reference", "sft": "no tokenizer at"}  # there is no PRM yet
+    for reference in told:
+        save_config(configure(f"prime.reference={reference}"), tmp_path / "config.yaml")
+        assert main(["score-steps", str(tmp_path), "rows.jsonl"]) == 2
+        assert told[reference] in capsys.readouterr().err
 
 
 def test_a_threshold_far_out_is_a_chance(tmp_path):
