@@ -2,8 +2,8 @@
 
 OUT/settings.json    what was asked; a command that was killed goes on when it is given again
 OUT/samples.jsonl    a line a problem, in the order in which they came: responses, token ids, outcomes
-OUT/rollouts.jsonl   when all are there, in the order of the rows: each row with `responses`, `label` (their outcomes)
-                     and `truncated`, as `prime-fast prm` takes it
+OUT/rollouts.jsonl   when all are there, in the order of the rows: each row, without labelled responses that it had,
+                     with `responses`, `label` (their outcomes) and `truncated`, as `prime-fast prm` takes it
 
 Started by torchrun, every process answers its share; OUT is on a file system that all of them see.
 """
