@@ -44,7 +44,7 @@ policy to each of {result["prompts"]} prompts, in {result["epochs"]} epoch; then
 The PRM of the cross-entropy, which was told outcomes alone, finds the first wrong step of
 {found["error_accuracy"]:.1%} of the answers that have one and flags none in {found["correct_accuracy"]:.1%} of the
 others: F1 {found["f1"]:.1%} ({found["responses"]} answers, threshold from other problems). Made by
-`python -m benchmarks.offline_prm`: {link("offline_prm.json")}."""
+`python -m benchmarks.offline_prm runs/offline-prm`: {link("offline_prm.json")}."""
 
 
 def in_trl() -> str:
@@ -55,6 +55,5 @@ def in_trl() -> str:
     return f"""
 On the quickstart's task with TRL {result["machine"]["trl"]} and `PrimeTrainer`, {result["machine"]["threads"]} thread:
 the mean outcome of sampled completions goes from {first:.2f}, the mean of the first {ENDS} generations, to {last:.2f},
-that of the last {ENDS} of {len(rewards)}. Made by
-`python examples/trl_prime.py runs/quickstart/sft/model runs/quickstart/data/train.jsonl --json FILE`:
-{link("trl.json")}."""
+that of the last {ENDS} of {len(rewards)}. Made by [examples/trl_prime.py](../examples/trl_prime.py) of the quickstart's
+SFT model and rows: {link("trl.json")}."""

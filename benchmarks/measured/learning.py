@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.learning.arms import ADDITIONS
 from benchmarks.measured.words import link, load, made_by, ratio, table, whole
 
 
@@ -73,6 +74,28 @@ def one_seed() -> str:
 {made_by("learning-chain6-one-seed.json")}
 
 {table(("arm", *(f"rollouts to {level}" for level in levels)), rows)}"""
+
+
+def lora() -> str:
+    """A PRM by LoRA."""
+    study, base = load("learning-lora.json"), "odds-size+step+x4+centered+passes+unfiltered"
+    names = {
+        f"{base}+faster": "all weights, PRM lr 1e-3",
+        f"{base}+faster+lora": "adapter, PRM lr 1e-3",
+        f"{base}+fastest+lora": "adapter, PRM lr 1e-2",
+    }
+    levels, rank = ("0.8", "0.9", "0.95"), ADDITIONS["lora"].overrides[0].partition("=")[2]
+    rows = []
+    for arm, name in names.items():
+        mean = study["arms"][arm]["mean"]
+        auc = " / ".join(f"{third:.2f}" for third in mean["step_auc_by_thirds"])
+        rows.append((name, *(whole(mean["rollouts_to"][level]) for level in levels), auc))
+    return f"""
+The quickstart's task with an adapter of rank {rank}, {study["steps"]} steps of one seed: a direction, not a percentage.
+
+{made_by("learning-lora.json")}
+
+{table(("the PRM trains", *(f"rollouts to {level}" for level in levels), "step AUC by thirds"), rows)}"""
 
 
 def addition() -> str:
