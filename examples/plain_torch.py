@@ -51,7 +51,7 @@ def main(steps: int = 40) -> list[float]:
         head = states(policy, rows), policy.lm_head.weight, targets
         update(policy_adam, prime_kernels.linear_policy_loss(*head, None, found.advantage, token_weight).loss)
         rewards.append(float(outcome.mean()))
-        print(f"step {step}: outcome {rewards[-1]:.2f}, PRM loss {float(scored.loss):.4f}")
+        print(f"step {step}: outcome {rewards[-1]:.2f}, PRM loss {scored.loss.item():.4f}")
     return rewards
 
 
