@@ -114,6 +114,37 @@ group, and all runs end between {min(ends):.2f} and {max(ends):.2f}.
 {made_by("learning-addition.json")}"""
 
 
+def gentle() -> str:
+    """A gentle policy."""
+    return _beside_rloo("learning-gentle.json", "The quickstart's task at a third of its learning rate", "0.9")
+
+
+def chain10() -> str:
+    """Chains of ten."""
+    return _beside_rloo("learning-chain10.json", "Chains of ten steps instead of six", "0.9")
+
+
+def _beside_rloo(name: str, what: str, level: str) -> str:
+    study = load(name)
+    arms = {"rloo": "RLOO, groups of mean outcome 0.2 to 0.8"}
+    arms["odds-size+step+keen+faster+x4+unfiltered"] = "process rewards, every group"
+    rows = []
+    for arm, label in arms.items():
+        mean, reached = study["arms"][arm]["mean"], study["arms"][arm]["mean"]["rollouts_to"]
+        auc = " / ".join(f"{third:.2f}" for third in mean["step_auc_by_thirds"]) if "+" in arm else ""
+        rows.append((label, f"{mean['final_accuracy']:.3f}", *(whole(reached[x]) for x in ("0.8", level)), auc))
+    odds = study["arms"][arm]
+    middle, low, high = odds["against_rloo"]["rollouts_to"][level]["ratio"]
+    told = f"{middle:.2f}" if low is None else ratio(odds, "against_rloo", level)
+    return f"""
+{what}, seeds: {len(odds["seeds"])}, {study["steps"]} steps: process rewards take {told} of RLOO's rollouts to an
+accuracy of {level}.
+
+{made_by(name)}
+
+{table(("arm", "end", "rollouts to 0.8", f"to {level}", "step AUC by thirds"), rows)}"""
+
+
 def published() -> str:
     """As published."""
     study = load("learning.json")

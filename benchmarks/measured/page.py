@@ -10,15 +10,9 @@ from benchmarks.measured import elsewhere, learning, speed, trust
 from benchmarks.measured.words import load
 
 SECTIONS = (
-    *(
-        learning.learning,
-        learning.one_seed,
-        learning.lora,
-        learning.addition,
-        learning.published,
-        learning.credit_forms,
-    ),
-    *(learning.ahead, learning.step_labels, learning.best_of, elsewhere.offline_prm, elsewhere.in_trl),
+    *(learning.learning, learning.one_seed, learning.addition, learning.chain10, learning.gentle, learning.published),
+    *(learning.lora, learning.credit_forms, learning.ahead, learning.step_labels, learning.best_of),
+    *(elsewhere.offline_prm, elsewhere.in_trl),
     *(speed.lm_head, speed.advantages, speed.whole_steps, speed.overlap, speed.rollouts, speed.collection),
     *(speed.checkpoints, trust.rewards, trust.watchers, trust.chaos, trust.soak, trust.intervals, trust.gpu),
 )
