@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.learning.arms import ADDITIONS
-from benchmarks.measured.words import link, load, made_by, ratio, table, whole
+from benchmarks.measured.words import link, load, made_by, ratio, reached, table
 
 
 def learning() -> str:
@@ -25,7 +25,7 @@ def learning() -> str:
             name,
             f"{arms[arm]['mean']['start_accuracy']:.3f}",
             f"{arms[arm]['mean']['final_accuracy']:.3f}",
-            *(whole(arms[arm]["mean"]["rollouts_to"][level]) for level in ("0.8", "0.9")),
+            *reached(arms[arm], ("0.8", "0.9")),
             ratio(arms[arm], "against_rloo", "0.9"),
             ratio(arms[arm], base, "0.9"),
             f"{arms[arm]['against_rloo']['error_ratio']:.2f}" if "against_rloo" in arms[arm] else "",
@@ -62,12 +62,8 @@ def one_seed() -> str:
         "odds-size+step+keen+faster+x4+unfiltered": "`odds` on every group, PRM lr 1e-3",
         "odds-size+step+oracle+x4+unfiltered": "**true step labels** on every group",
     }
-    reached = [study["arms"][arm]["mean"]["rollouts_to"] for arm in names]
     levels = "0.8", "0.9", "0.95"
-    rows = [
-        (name, *(whole(rollouts[level]) for level in levels))
-        for name, rollouts in zip(names.values(), reached, strict=True)
-    ]
+    rows = [(name, *reached(study["arms"][arm], levels)) for arm, name in names.items()]
     return f"""
 {study["steps"]} steps of one seed: a direction, not a percentage.
 
@@ -87,9 +83,8 @@ def lora() -> str:
     levels, rank = ("0.8", "0.9", "0.95"), ADDITIONS["lora"].overrides[0].partition("=")[2]
     rows = []
     for arm, name in names.items():
-        mean = study["arms"][arm]["mean"]
-        auc = " / ".join(f"{third:.2f}" for third in mean["step_auc_by_thirds"])
-        rows.append((name, *(whole(mean["rollouts_to"][level]) for level in levels), auc))
+        auc = " / ".join(f"{third:.2f}" for third in study["arms"][arm]["mean"]["step_auc_by_thirds"])
+        rows.append((name, *reached(study["arms"][arm], levels), auc))
     return f"""
 The quickstart's task with an adapter of rank {rank}, {study["steps"]} steps of one seed: a direction, not a percentage.
 
@@ -130,9 +125,9 @@ def _beside_rloo(name: str, what: str, level: str) -> str:
     arms["odds-size+step+keen+faster+x4+unfiltered"] = "process rewards, every group"
     rows = []
     for arm, label in arms.items():
-        mean, reached = study["arms"][arm]["mean"], study["arms"][arm]["mean"]["rollouts_to"]
+        mean = study["arms"][arm]["mean"]
         auc = " / ".join(f"{third:.2f}" for third in mean["step_auc_by_thirds"]) if "+" in arm else ""
-        rows.append((label, f"{mean['final_accuracy']:.3f}", *(whole(reached[x]) for x in ("0.8", level)), auc))
+        rows.append((label, f"{mean['final_accuracy']:.3f}", *reached(study["arms"][arm], ("0.8", level)), auc))
     odds = study["arms"][arm]
     middle, low, high = odds["against_rloo"]["rollouts_to"][level]["ratio"]
     told = f"{middle:.2f}" if low is None else ratio(odds, "against_rloo", level)

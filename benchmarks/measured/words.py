@@ -33,6 +33,11 @@ def whole(rollouts: float | None) -> str:
     return "never" if rollouts is None else f"{rollouts:.0f}"
 
 
+def reached(arm: dict, levels: Iterable[str]) -> list[str]:
+    """Mean rollouts to each accuracy."""
+    return [whole(arm["mean"]["rollouts_to"][level]) for level in levels]
+
+
 def ratio(arm: dict, base: str, level: str) -> str:
     """Rollouts to an accuracy over the base's, with its interval; nothing for the base itself."""
     if base not in arm:

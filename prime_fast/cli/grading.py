@@ -24,7 +24,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="run_dir, RUN_DIR/checkpoints/best, model directory or hub id")
     command.add_argument("--data", nargs="+", required=True, metavar="ROWS", help="files of rows, one benchmark each")
     command.add_argument("--out", help="directory of the results (default: runs/eval/ and the model's name)")
     command.add_argument(

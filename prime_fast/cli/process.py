@@ -18,7 +18,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_rollouts(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="run_dir, RUN_DIR/checkpoints/best, model directory or hub id")
     command.add_argument("--data", nargs="+", required=True, metavar="ROWS", help="files of rows")
     command.add_argument("--samples", type=count, default=8, metavar="N", help="responses to each row (default: 8)")
     command.add_argument("--out", help="directory of rollouts.jsonl (default: runs/rollouts/ and the model's name)")

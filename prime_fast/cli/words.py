@@ -61,6 +61,7 @@ def takes_reward(command: argparse.ArgumentParser) -> None:
 
 
 def samples_responses(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="run_dir, RUN_DIR/checkpoints/best, model directory or hub id")
     engines = get_args(RolloutConfig.model_fields["engine"].annotation)
     command.add_argument("--engine", choices=engines, default=engines[0])
     command.add_argument("--vllm", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of vllm.LLM")

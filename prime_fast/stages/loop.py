@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prime_fast.config import Config, OptimizerConfig
 from prime_fast.data.rows import PromptSampler
-from prime_fast.engine import checkpoint, distributed, interrupt
+from prime_fast.engine import checkpoint, distributed, interrupt, packing
 from prime_fast.engine.writing import Checkpoints, export
 from prime_fast.engine.zero import Engine
 from prime_fast.identity import Identity
@@ -148,3 +148,9 @@ class Loop:
         if log is not None:
             log.write(record)
             log.progress(record)
+
+
+def packs(engine: Engine, lengths: Sequence[int], micro_tokens: int) -> list[list[list[int]]]:
+    """All of these rows as micro-batches of every rank; lengths: tokens fed of each."""
+    ranks, size = distributed.world_size(), engine.sequence_group.size
+    return packing.plan(lengths, micro_tokens, ranks, engine.attention, size)

@@ -35,8 +35,8 @@ from prime_fast.memory.plan import alone
 from prime_fast.metrics import MetricsLog
 from prime_fast.progress import at, progress
 from prime_fast.stages import card
-from prime_fast.stages.loop import Loop, Work
-from prime_fast.stages.reference import batch_of, packs, reference_logprobs
+from prime_fast.stages.loop import Loop, Work, packs
+from prime_fast.stages.reference import batch_of, reference_logprobs
 
 STAGE = "prm"  # whose checkpoints they are
 
@@ -124,7 +124,7 @@ class Prm(Loop):
     def accumulate(self) -> Work:
         rows = [row for unit in self.sampler.take(self.per_step) for row in self.units[unit]]
         batch, ref_logprob, intercept = self._batch(0, rows)
-        micros = packs(self.engine, batch, self.config.engine.micro_tokens)
+        micros = packs(self.engine, batch.lengths, self.config.engine.micro_tokens)
         make = self._pairs if self.loss == "dpo" else self._cross_entropy
         loss = make(batch, ref_logprob, intercept, micros)
         told = {"loss": loss, "outcome": float(batch.outcome.mean())}
@@ -186,7 +186,7 @@ class Prm(Loop):
     def _judge(self) -> tuple[float, dict[str, Any]]:
         """The loss on the held-out rows, and how well their scores judge them."""
         batch, ref_logprob, intercept = self._batch(1, list(range(len(self.held_out))))
-        micros = packs(self.engine, batch, self.config.engine.micro_tokens)
+        micros = packs(self.engine, batch.lengths, self.config.engine.micro_tokens)
         logprob = passes.score(self.engine, batch, [micros]).cpu().double()
         ref_logprob, cu_seqlens = ref_logprob.cpu().double(), batch.cu_seqlens
         score = self.beta * prime.segment_sum(logprob - ref_logprob, cu_seqlens)

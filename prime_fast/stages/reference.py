@@ -20,12 +20,13 @@ import torch
 from prime_fast import durable, passes
 from prime_fast.config import Config
 from prime_fast.data.labelled import Labelled
-from prime_fast.engine import distributed, packing
+from prime_fast.engine import distributed
 from prime_fast.engine.batch import Batch
 from prime_fast.engine.model import training_dtype
 from prime_fast.engine.zero import Engine
 from prime_fast.progress import progress
 from prime_fast.rollout import release_cached
+from prime_fast.stages.loop import packs
 
 MICRO_BATCHES = 64  # of every rank, between two notes of how far it is
 FLOAT = np.dtype(np.float32)
@@ -78,15 +79,9 @@ def batch_of(rows: Sequence[tuple[Labelled, int]]) -> Batch:
     )
 
 
-def packs(engine: Engine, batch: Batch, micro_tokens: int) -> passes.MiniBatch:
-    """All rows of the batch as micro-batches of every rank."""
-    ranks, size = distributed.world_size(), engine.sequence_group.size
-    return packing.plan(batch.lengths, micro_tokens, ranks, engine.attention, size)
-
-
 def _score(engine: Engine, rows: list[tuple[Labelled, int]], config: Config) -> np.ndarray:
     batch = batch_of(rows)
-    return passes.score(engine, batch, [packs(engine, batch, config.engine.micro_tokens)]).cpu().numpy()
+    return passes.score(engine, batch, [packs(engine, batch.lengths, config.engine.micro_tokens)]).cpu().numpy()
 
 
 def _chunk(config: Config, rows: list[tuple[Labelled, int]], start: int) -> int:

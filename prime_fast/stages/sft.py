@@ -16,7 +16,7 @@ from prime_fast import identity
 from prime_fast.config import Config
 from prime_fast.data.models import load_tokenizer
 from prime_fast.data.rows import PromptSampler, Rows, load_demonstrations
-from prime_fast.engine import distributed, packing, ulysses
+from prime_fast.engine import distributed, ulysses
 from prime_fast.engine.packing import Pack
 from prime_fast.engine.zero import Engine
 from prime_fast.identity import Identity
@@ -24,7 +24,7 @@ from prime_fast.memory import measured
 from prime_fast.memory.plan import alone
 from prime_fast.preflight import sample_evenly
 from prime_fast.progress import progress
-from prime_fast.stages.loop import Loop, Work
+from prime_fast.stages.loop import Loop, Work, packs
 
 STAGE = "sft"  # whose checkpoints they are
 
@@ -114,8 +114,7 @@ def _packs(
     """This rank's share of all ranks' rows."""
     offsets = [0, *accumulate(map(len, responses))]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
-    group = engine.sequence_group
-    micros = packing.plan(lengths, micro_tokens, distributed.world_size(), engine.attention, group.size)
+    group, micros = engine.sequence_group, packs(engine, lengths, micro_tokens)
     with progress(what, len(micros), "micro-batches") as tick:
         for rows in micros:
             yield group.pack(rows, prompts, responses, offsets).to(engine.device)
