@@ -99,14 +99,15 @@ class Trainer:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step - (self.unwritten is not None), config.steps + 1):
             self.checkpoints.poll()
-            before, stopped_by = self._state(), None
+            before = self._state()
             try:
                 if self.unwritten is None:
                     with self.profile(step, self.phases):
                         self.step(step)
-                    stopped_by = self._watch()
+                    self._watch()
                 else:
                     self.record, self.unwritten = self.unwritten, None
+                stopped_by = self._stopped_by(step)
                 ending = None if stopped_by else self._ending()
                 self.whole = True
                 last = step == config.steps or ending is not None
@@ -258,18 +259,18 @@ class Trainer:
         self.counts["skipped"] += skip_reason is not None
         self.record |= {"skipped": self.counts["skipped"]} | ({"skip_reason": skip_reason} if skip_reason else {})
 
-    def _watch(self) -> str | None:
-        """Tell what goes wrong from this step on, or no more; the watcher that ends the run, if one does.
-
-        Rank 0 looks and decides for all.
-        """
-        changes = self.watch.look(self.record) if distributed.rank() == 0 else []
-        for change in changes:
+    def _watch(self) -> None:
+        """Tell what goes wrong from this step on, or no more. Rank 0 looks, for all."""
+        for change in self.watch.look(self.record) if distributed.rank() == 0 else []:
             say(change.told)
+
+    def _stopped_by(self, step: int) -> str | None:
+        """The watcher that ends the run because it began in this step, if one does; rank 0 decides for all."""
         stop = self.config.watch.stop
         if not stop:
             return None
-        return distributed.gather_lists([next((c.name for c in changes if c.began and c.name in stop), None)])[0]
+        began = (name for name, since in self.watch.on.items() if since == step and name in stop)
+        return distributed.gather_lists([next(began, None)])[0]
 
     def _ending(self) -> str | None:
         """Why the run ends before its last step: what it learns from has come to an end.

@@ -101,6 +101,21 @@ def test_a_run_asked_to_leave_again_and_again_ends_with_the_same_bits(workspace,
         assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+def test_what_ends_a_run_ends_it_though_it_left_before_the_evaluation(workspace, tmp_path, when, capsys):
+    """A watcher of watch.stop begins in a step whose evaluation is made after --resume."""
+    (tmp_path / "reward.py").write_text("def compute_score(data_source, solution_str, ground_truth):\n    return 0.0\n")
+    words = [f"reward.function={tmp_path}/reward.py:compute_score", "watch.stop=[reward_constant]"]
+    words += ["rollout.keep=[0, 1]", "log.eval_every=2", "--resume"]
+    when(2, "eval", ask)
+    for code, told in ((143, "asked to leave in step 2, phase eval"), (1, "stopped after step 2 by reward_constant")):
+        assert train(workspace, tmp_path / "run", *words) == code
+        assert told in capsys.readouterr().err
+    assert train(workspace, tmp_path / "run", *words) == 0
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert "eval_accuracy" in records[2]
+
+
 def test_sft_leaves_before_an_evaluation_and_makes_it_later(workspace, tmp_path, monkeypatch, capsys):
     words = ["sft", str(workspace / "config.yaml"), f"sft.eval={workspace}/rows.jsonl", "sft.steps=2"]
     assert main([*words, f"run_dir={tmp_path}/whole"]) == 0
