@@ -4,7 +4,8 @@ engine, with finite and complete metrics with vLLM.
 
     python -m benchmarks.chaos [--seed 0] [--only KIND ...] [--out benchmarks/results/cpu/chaos.json]
 
-The result is written after every event. A full disk is a small tmpfs, which takes root.
+The result is written after every event. With --engines of one kind, events of the other that an earlier call wrote there
+stay. A full disk is a small tmpfs, which takes root.
 """
 
 from __future__ import annotations
@@ -141,13 +142,15 @@ def main() -> None:
         for event in events(options.seed, options.hang)
         if event.engine in options.engines and (not options.only or any(word in event.kind for word in options.only))
     ]
+    before = json.loads(options.out.read_text())["done"] if options.out.exists() else []
+    kept = [told for told in before if told["engine"] not in options.engines]
     done: list[dict] = []
     with tempfile.TemporaryDirectory() as home:
         chaos = Chaos(Path(home), options.seconds, options.seed)
         for number, event in enumerate(chosen, 1):
             done.append({"seed": options.seed} | chaos.suffer(event))
             print(f"{number}/{len(chosen)}", json.dumps(done[-1]), flush=True)
-            write(options.out, done)
+            write(options.out, kept + done)
     failed = [told for told in done if not told["fine"]]
     print(f"{len(done) - len(failed)} of {len(done)} events ended as they should")
     raise SystemExit(bool(failed))

@@ -83,6 +83,17 @@ def events(seed: int, hang: float) -> Iterator[Event]:
         yield Event("kill the trainer", plan("kill", phase=phase), engine="vllm")
     for harm in ("kill engine", "pause engine"):
         yield Event(harm, plan(harm, phase="generate"), engine="vllm")
+    for phase in ("generate", "reward", "reference", "prm", "policy", "sync", "eval", "checkpoint"):
+        yield Event("kill the trainer", plan("kill", phase=phase, fraction=draw.random()), engine="vllm")
+    for phase in ("generate", "policy", "sync", "eval"):
+        yield Event("kill engine", plan("kill engine", phase=phase, fraction=draw.random()), engine="vllm")
+    for phase in ("policy", "sync"):
+        yield Event("pause engine", plan("pause engine", phase=phase), engine="vllm")
+    yield Event("ask the trainer to leave", plan("ask", phase="generate"), engine="vllm")
+    yield Event("kill worker of the reward", plan("kill worker", phase="reward"), engine="vllm")
+    for rank, phase in enumerate(("generate", "policy")):
+        killed = replace(plan("kill", phase=phase), rank=rank)
+        yield Event("kill one of two ranks", killed, ranks=2, engine="vllm")
 
 
 def damage(checkpoint: Path, part: str, how: str, draw: random.Random) -> Path:
