@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from prime_fast.config import Config, ModelConfig
+from prime_fast.config import Config, LoraConfig, ModelConfig
 from prime_fast.engine.model import training_dtype
 from prime_fast.engine.recompute import Recompute
 from prime_fast.memory import passes
@@ -26,9 +26,9 @@ STEP = " step"  # "policy step" is the optimizer step inside the phase "policy"
 Moment = list[Item]
 
 
-def alone(config: Config) -> Config:
-    """Of a run that trains the policy as this one does, and holds nothing else."""
-    changes = {"prime": {"process_weight": 0.0}, "policy": {"kl_coef": 0.0, "lora": None}, "rollout": {"engine": "hf"}}
+def alone(config: Config, lora: LoraConfig | None = None) -> Config:
+    """Of a run that trains the policy as this one does, or an adapter of it, and holds nothing else."""
+    changes = {"prime": {"process_weight": 0.0}, "policy": {"kl_coef": 0.0, "lora": lora}, "rollout": {"engine": "hf"}}
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
     )

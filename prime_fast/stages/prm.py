@@ -213,7 +213,8 @@ class Prm(Loop):
 def _model(config: Config, inputs: Inputs, device: torch.device) -> Any:
     """The settings of the model that trains, with as few layers recomputed as memory allows."""
     trained = config.model.model_copy(update={"policy": inputs.start})
-    return measured.plan(alone(config.model_copy(update={"model": trained})), device).model("policy")
+    held = alone(config.model_copy(update={"model": trained}), config.prm.lora)
+    return measured.plan(held, device).model("policy")
 
 
 def _mixed(rows: Labelled) -> list[list[int]]:

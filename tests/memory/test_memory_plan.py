@@ -10,7 +10,7 @@ from prime_fast.config import load_config
 from prime_fast.memory import states
 from prime_fast.memory.advice import CARDS, UTILIZATION, _settings, apply, card_bytes, mend
 from prime_fast.memory.items import GIB, pinned, total
-from prime_fast.memory.plan import Plan
+from prime_fast.memory.plan import Plan, alone
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {  # config: (shape, ranks)
@@ -161,6 +161,13 @@ def test_an_adapter_saves_a_model_and_what_trains_one():
     both = seven("prm.lora={}", "policy.lora={}")
     assert set(both.states) == {"policy", "prm"} and both.checkpoint_bytes < 0.2 * whole.checkpoint_bytes
     assert set(seven("policy.lora={}").states) == {"policy", "prm"}
+
+
+def test_a_stage_that_trains_an_adapter_keeps_more_of_its_layers():
+    config = shipped("eurus2-7b-8xa100", "prm.lora={}", "model.recompute=auto")
+    whole, adapted = (Plan(alone(config, lora), 8, A100 // 2) for lora in (None, config.prm.lora))
+    assert list(adapted.states) == ["policy"] and adapted.peaks["policy"] < whole.limit
+    assert adapted.recompute["policy"].layers < whole.recompute["policy"].layers
 
 
 def gibs(items):
