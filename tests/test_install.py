@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import prime_kernels
+from prime_fast.engine import zero
 from prime_fast.rollout import vllm
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,13 @@ class TestVersions:
                 assert set(bounds) == {">=", "<"}, requirement
                 assert usual[name] in requirement.specifier, requirement
         assert pins.keys() == {canonicalize_name(requirement.name) for requirement in ours + build}
+        assert pins["deepspeed"] == f"=={zero.MINIMUM}"  # what a run refuses to go below
+
+    def test_a_deepspeed_that_trains_wrongly_is_refused(self, monkeypatch):
+        """Whoever installed it past the bounds: 0.19.7 applies gradients that are not finite."""
+        monkeypatch.setattr(zero.deepspeed, "__version__", "0.19.7+cpu")
+        with pytest.raises(ValueError, match=r"DeepSpeed 0\.19\.7\+cpu applies .* pip install 'deepspeed>=0\.19\.8'"):
+            zero.start()
 
     def test_what_we_require_is_pinned(self):
         ours = PROJECT["project"]

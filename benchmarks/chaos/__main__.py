@@ -4,8 +4,8 @@ engine, with finite and complete metrics with vLLM.
 
     python -m benchmarks.chaos [--seed 0] [--only KIND ...] [--out benchmarks/results/cpu/chaos.json]
 
-The result is written after every event. With --engines of one kind, events of the other that an earlier call wrote there
-stay. A full disk is a small tmpfs, which takes root.
+The result is written after every event. With --engines of one kind, events of the other that an earlier call wrote
+there stay. A full disk is a small tmpfs, which takes root.
 """
 
 from __future__ import annotations

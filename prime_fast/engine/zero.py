@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from packaging.version import Version
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -43,6 +44,7 @@ gc.freeze()  # what was imported need not be walked whenever DeepSpeed collects 
 # asks for; RoPE frequencies in bfloat16 are off by radians after a thousand tokens. transformers sets the parameters'.
 partition_parameters.DEFAULT_TENSOR_OVERRIDES.remove(partition_parameters.DeepSpeedTensorOverride.dtype)
 
+MINIMUM = "0.19.8"  # DeepSpeed's first that leaves float32 and bfloat16 weights alone where gradients are not finite
 GATHER_BYTES = 1 << 30  # parameters gathered at a time when weights leave the engine
 REDUCE_BUCKET = 500_000_000  # elements of gradients reduced at a time, unless told otherwise: DeepSpeed's default
 WEIGHT_FILES, SHARD = "model{suffix}.safetensors", "50GB"  # as transformers names and cuts them
@@ -58,7 +60,13 @@ class StepResult(NamedTuple):
 
 
 def start(hang: float = distributed.HANG) -> torch.device:
-    """Join the process group and quieten DeepSpeed; returns this rank's device."""
+    """Join the process group and quieten DeepSpeed; returns this rank's device. Raises ValueError for one that is too
+    old."""
+    if Version(deepspeed.__version__) < Version(MINIMUM):
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} applies gradients that are not finite; pip install "
+            f"'deepspeed>={MINIMUM}'"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers_logging.disable_progress_bar()

@@ -220,8 +220,8 @@ def test_loss_backward_needs_no_weight_and_logprob_saves_the_parameter(backend):
         assert torch.equal(torch.autograd.grad(loss, parameter)[0], grad)
     parameter.data = values.clone()  # gathered again before backward
     assert torch.equal(torch.autograd.grad(logprob, parameter)[0], want[0])
-    saved = linear_logprob(hidden, parameter, targets, backend=backend).grad_fn.saved_tensors[1]
-    assert saved.data_ptr() == parameter.data_ptr()
+    logprob = linear_logprob(hidden, parameter, targets, backend=backend)
+    assert logprob.grad_fn.saved_tensors[1].data_ptr() == parameter.data_ptr()
 
 
 def test_backward_twice_over_a_retained_graph(backend):
