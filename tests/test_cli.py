@@ -1,6 +1,8 @@
 """A user's mistakes: one clear sentence, exit code 2, nothing written."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import prime_fast
 import prime_kernels
-from prime_fast import cli
+from prime_fast import cli, lock
 from prime_fast.cli import main
 from prime_fast.cli.words import config_of
 from prime_fast.metrics import read_metrics
@@ -88,6 +90,19 @@ def test_a_used_run_dir_is_left_alone(workspace, tmp_path, capsys):
     assert main(["train", str(workspace / "config.yaml"), f"run_dir={run_dir}"]) == 2
     assert "continue it with --resume" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_run_dir_is_trained_by_one_run_at_a_time(command, workspace, tmp_path, capsys):
+    """Both are given --resume, as a job that was queued twice is."""
+    run_dir = tmp_path / "run"
+    words = [command, str(workspace / "config.yaml"), f"run_dir={run_dir}", "steps=1", "sft.steps=1", "--resume"]
+    with lock.alone(run_dir):
+        assert main(words) == 2
+        told = f"{run_dir} is being trained by process {os.getpid()} on {socket.gethostname()}; wait for its end"
+        assert told in capsys.readouterr().err
+        assert [path.name for path in run_dir.iterdir()] == [lock.LOCK]
+    assert main(words) == 0
 
 
 def test_resume_refuses_another_configuration(workspace, tmp_path, capsys):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -110,9 +111,11 @@ def _train(options: argparse.Namespace) -> int:
 
     inputs = _together(lambda: preflight.load_inputs(config))
     known, renewed = distributed.gather_lists([_together(check)])[0]
-    trainer = Trainer(config, device, replace(inputs, identity=known))
-    trainer.profile = profile or trainer.profile
-    if code := _run(trainer, config, newest, config.steps, renewed):
+    with _alone(config):
+        trainer = Trainer(config, device, replace(inputs, identity=known))
+        trainer.profile = profile or trainer.profile
+        code = _run(trainer, config, newest, config.steps, renewed)
+    if code:
         return code
     if distributed.rank() == 0:
         if profile and not profile.made:
@@ -154,8 +157,10 @@ def _stage(config: Config, options: argparse.Namespace, name: str, loop: str) ->
     newest = _together(lambda: newest and intact(Path(config.run_dir)))
     inputs = _together(lambda: stage.load_inputs(config))
     renewed = _together(lambda: resume.check(newest, inputs.identity, accepted, name) if newest else set())
-    trainer = getattr(stage, loop)(config, device, inputs)
-    if code := _run(trainer, config, newest, trainer.steps, renewed):
+    with _alone(config):
+        trainer = getattr(stage, loop)(config, device, inputs)
+        code = _run(trainer, config, newest, trainer.steps, renewed)
+    if code:
         return code
     if distributed.rank() == 0:
         print(f"wrote {trainer.directory}")
@@ -196,6 +201,20 @@ def _together(work: Callable[[], T]) -> T:
     if any(failed):
         sys.exit(2)
     return result
+
+
+@contextmanager
+def _alone(config: Config) -> Iterator[None]:
+    """No other run writes into run_dir meanwhile; rank 0 sees to it, for all."""
+    from prime_fast import lock
+    from prime_fast.engine import distributed
+
+    with ExitStack() as held:
+        if distributed.rank() == 0:
+            _together(lambda: held.enter_context(lock.alone(Path(config.run_dir))))
+        else:
+            _together(lambda: None)
+        yield
 
 
 def _run(trainer: Trainer | Loop, config: Config, newest: Path | None, steps: int, renewed: set[str]) -> int:
