@@ -36,11 +36,11 @@ class Cgroup:
     def __init__(self, parent: Path):
         self.folder = parent / f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}"
         self.folder.mkdir()
-        settings = {"memory.max": MEMORY_BYTES, "memory.swap.max": 0, "memory.oom.group": 1, "pids.max": PIDS}
         try:
-            for name, value in settings.items():
-                with suppress(FileNotFoundError if "swap" in name else ()):  # a kernel without swap has no limit on it
-                    self._write(name, value)
+            for name, value in {"memory.max": MEMORY_BYTES, "memory.oom.group": 1, "pids.max": PIDS}.items():
+                self._write(name, value)
+            with suppress(FileNotFoundError):  # a kernel without swap has no limit on it
+                self._write("memory.swap.max", 0)
         except OSError:
             self.folder.rmdir()
             raise
@@ -74,29 +74,30 @@ class Cgroup:
         return took
 
     def _write(self, name: str, value: int) -> None:
-        with open(os.open(self.folder / name, os.O_WRONLY), "w") as file:  # to create one is forbidden, not "not found"
+        with open(os.open(self.folder / name, os.O_WRONLY), "w") as file:  # creates none: that it is missing is told
             file.write(str(value))
 
 
 def sweep() -> None:
     """Removes what processes left that were killed."""
     with suppress(NoCgroup):
-        for folder in (folder for place in _here() for folder in place.glob(f"{PREFIX}-*-*")):
-            if not Path("/proc", folder.name.split("-")[2]).exists():
-                with suppress(OSError):  # it is another user's, another sweep has removed it, or it is in use
-                    folder.rmdir()
+        for place in _here():
+            for folder in place.glob(f"{PREFIX}-*-*"):
+                if not Path("/proc", folder.name.split("-")[2]).exists():
+                    with suppress(OSError):  # it is another user's, another sweep has removed it, or it is in use
+                        folder.rmdir()
 
 
 @cache
 def parent() -> Path:
-    """The cgroup in which those of sandboxes can be made: one was. Raises NoCgroup."""
+    """The cgroup in which those of sandboxes can be made, as one was. Raises NoCgroup."""
     reasons = []
     for folder in _here():
         try:
             _try(folder)
             return folder
         except OSError as error:
-            reasons.append(f"none can be made in {folder} ({error.strerror})")
+            reasons.append(f"no cgroup can be made in {folder} ({error.strerror})")
     raise NoCgroup("; ".join(reasons))
 
 
@@ -125,7 +126,7 @@ def places(own: str, mounts: str) -> list[Path]:
     top, root = roots[0]
     here, found, missing = Path(root) / os.path.relpath(path[1], top), [], CONTROLLERS
     for folder in (here, here.parent) if here != Path(root) else (here,):  # its parent where it was delegated
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is no part of what is mounted here
             missing = CONTROLLERS - set((folder / "cgroup.subtree_control").read_text().split())
             found += [] if missing else [folder]
     if not found:

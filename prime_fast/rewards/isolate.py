@@ -94,7 +94,7 @@ def limits_alone(channel: socket.socket, command: list[str], enter: Callable[[in
 
 
 def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int], None]) -> Callable[[], None]:
-    """Its /tmp is read-only: bubblewrap can limit the bytes of a writable one, but not the number of its files."""
+    """For ordinary users. Its /tmp is read-only, as bubblewrap can limit a writable one's bytes but not its files."""
     program = shutil.which("bwrap")
     if program is None:
         raise Refused("bubblewrap is not installed")

@@ -317,7 +317,7 @@ class TestCgroup:
             cgroup.places("4:memory:/x\n", "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
         monkeypatch.setattr(cgroup, "_here", lambda: [tree])  # a folder, whose children have no memory.max
         cgroup.parent.cache_clear()
-        with pytest.raises(cgroup.NoCgroup, match=f"none can be made in {tree} .No such file or directory"):
+        with pytest.raises(cgroup.NoCgroup, match=f"no cgroup can be made in {tree} .No such file or directory"):
             cgroup.parent()
         assert not list(tree.glob("prime-fast-*"))
 
