@@ -97,9 +97,9 @@ def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int]
     """For ordinary users. Its /tmp is read-only, as bubblewrap can limit a writable one's bytes but not its files."""
     program = shutil.which("bwrap")
     if program is None:
-        raise Refused("bubblewrap is not installed")
+        raise Refused("it is not installed")
     if os.geteuid() == 0:  # it can make a program no other user than its own
-        raise Refused("bubblewrap would leave programs root, who owns devices and whom no limit on processes holds")
+        raise Refused("it would leave programs root, who owns devices and whom no limit on processes holds")
     visible = _visible()
     scratch = _scratch(visible)
     options = ["--unshare-all", "--uid", str(INSIDE_ID), "--gid", str(INSIDE_ID), "--die-with-parent"]
