@@ -15,7 +15,7 @@ from pathlib import Path
 import processes
 import pytest
 
-from prime_fast.rewards import RewardPool, cgroup, escapes, isolate, sandbox, score
+from prime_fast.rewards import RewardPool, cgroup, escapes, isolate, score
 from prime_fast.rewards.attacks import ATTACKS, READ, STDIN
 
 SUM = "print(sum(map(int, input().split())))"
@@ -309,13 +309,16 @@ class TestCgroup:
         assert self.places(tree, "/user") == [tree / "user", tree]
         assert self.places(tree, "/user/run") == self.places(tree, "/user/low") == [tree / "user"]
 
-    def test_why_not(self, tree, monkeypatch):
+    def test_why_not(self, tree):
         (tree / "user" / "cgroup.subtree_control").write_text("pids\n")
         with pytest.raises(cgroup.NoCgroup, match="gives its children no memory controller"):
             self.places(tree, "/user/low/deep")
         with pytest.raises(cgroup.NoCgroup, match="no cgroup v2 is mounted"):
             cgroup.places("4:memory:/x\n", "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
-        monkeypatch.setattr(cgroup, "_here", lambda: [tree])  # a folder, whose children have no memory.max
+
+    def test_is_tried(self, tree, monkeypatch):
+        """As a folder's new folders have no memory.max."""
+        monkeypatch.setattr(cgroup, "_here", lambda: [tree])
         cgroup.parent.cache_clear()
         with pytest.raises(cgroup.NoCgroup, match=f"no cgroup can be made in {tree} .No such file or directory"):
             cgroup.parent()
@@ -339,36 +342,44 @@ class TestCgroup:
 
 
 class TestRealCgroup:
-    TAKES = {
-        "memory": "import mmap\nx = [mmap.mmap(-1, 1 << 22) for _ in range(64)]\n"
+    """Where this machine has one to give."""
+
+    PROGRAMS = [
+        "import mmap\nx = [mmap.mmap(-1, 1 << 22) for _ in range(64)]\n"
         "for part in x: part.write(bytes(1 << 22))\nprint(3)",
-        "threads": "import threading, time\n"
-        "for _ in range(30): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
-        None: "print(3)",
-    }
+        "import threading, time\n"
+        "for _ in range(30): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\nprint(3)",
+        "print(3)",
+    ]
 
     @pytest.fixture
-    def parent(self, monkeypatch):
+    def parent(self):
+        cgroup.parent.cache_clear()
         try:
-            cgroup.parent.cache_clear()
-            place = cgroup.parent()
+            return cgroup.parent()
         except cgroup.NoCgroup as error:
             pytest.skip(str(error))
-        monkeypatch.setattr(cgroup, "MEMORY_BYTES", 64 << 20)
-        monkeypatch.setattr(cgroup, "PIDS", 20)
-        yield place
-        assert not list(place.glob(f"prime-fast-{os.getpid()}-*"))
 
-    @pytest.mark.parametrize("way", [isolate.namespaces, isolate.limits_alone])
-    def test_what_it_holds(self, parent, way, monkeypatch):
-        monkeypatch.setattr(sandbox, "isolation", lambda mode: way)
-        for limit, program in self.TAKES.items():
-            reply, deadline = {}, time.monotonic() + 120
-            with sandbox.Sandbox("", 60, 60) as box, suppress(EOFError):
-                box.ask({"code": program, "function": None, "calls": False}, deadline)
-                reply = box.ask({"stdin": ""}, deadline)
-            assert box.took["limit"] == limit and (reply.get("output") == "3\n") is (limit is None)
-            assert 1 << 20 < box.took.get("memory", 1 << 21) <= 64 << 20
+    @pytest.mark.parametrize("way", ["namespaces", "limits_alone"])
+    def test_what_it_holds(self, parent, way):
+        code = f"""
+            import os, time
+            from contextlib import suppress
+            from prime_fast.rewards import cgroup, isolate, sandbox
+            cgroup.MEMORY_BYTES, cgroup.PIDS = 64 << 20, 20
+            sandbox.isolation = lambda mode: isolate.{way}
+            for program in {self.PROGRAMS!r}:
+                output, deadline = "", time.monotonic() + 200
+                with sandbox.Sandbox("", 60, 60) as box, suppress(EOFError):
+                    box.ask({{"code": program, "function": None, "calls": False}}, deadline)
+                    output = box.ask({{"stdin": ""}}, deadline)["output"]
+                held = 1 << 20 < box.took.get("memory", 1 << 21) <= 64 << 20
+                print(box.took["limit"], held, repr(output))
+            print(list(cgroup.parent().glob(f"prime-fast-{{os.getpid()}}-*")))
+        """
+        out = processes.run([sys.executable, "-c", textwrap.dedent(code)])
+        told = ["memory True ''", "threads True ''", r"None True '3\n'", "[]"]
+        assert out.stdout.splitlines() == told, out.stdout + out.stderr
 
     def test_ends_who_is_in_it(self, parent):
         group = cgroup.Cgroup(parent)
