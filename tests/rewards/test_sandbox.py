@@ -392,11 +392,12 @@ class TestRealCgroup:
 
 
 BUBBLEWRAP = """
-from prime_fast.rewards import isolate
+from prime_fast.rewards import isolate, sandbox
 from prime_fast.rewards.code import grade
 isolate.namespaces = isolate.bubblewrap
+sandbox.isolation("namespaces")  # now, not in the time of a program
 def reward(data_source, solution_str, ground_truth, extra_info):
-    return grade(solution_str, ground_truth, seconds=20, sandbox="namespaces")
+    return grade(solution_str, ground_truth, seconds=60, sandbox="namespaces")
 """
 HELD_BY_BUBBLEWRAP = [
     "environment of every process",
@@ -434,17 +435,18 @@ class TestBubblewrap:
     def test_holds(self):
         code = f"""
             import tempfile
-            from prime_fast.rewards import RewardPool, escapes
+            from prime_fast.rewards import RewardPool, escapes, score
             with escapes.outside() as world, tempfile.NamedTemporaryFile("w", suffix=".py") as file:
                 file.write({BUBBLEWRAP!r})
                 file.flush()
-                with RewardPool(f"{{file.name}}:reward", workers=1, timeout=escapes.SECONDS) as pool:
+                reward = f"{{file.name}}:reward"
+                print(score([{SUM!r}], [{ROW!r}], reward=reward, timeout=60, workers=1))
+                with RewardPool(reward, workers=1, timeout=escapes.SECONDS) as pool:
                     for attack in {HELD_BY_BUBBLEWRAP!r}:
                         print(escapes.attack(attack, world, pool))
-                    print(pool.score([{SUM!r}], [{ROW!r}]))
         """
         out = run_as_ordinary_user(code)
-        assert out.stdout.split() == ["None"] * len(HELD_BY_BUBBLEWRAP) + ["[1.0]"], out.stdout + out.stderr
+        assert out.stdout.split() == ["[1.0]"] + ["None"] * len(HELD_BY_BUBBLEWRAP), out.stdout + out.stderr
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
     def test_root_is_refused(self):
