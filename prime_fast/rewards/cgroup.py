@@ -1,9 +1,12 @@
 """A cgroup (version 2) for each sandbox, where this machine lets us: the kernel then counts the memory of all that a
 program holds (pipes, files in memory, its /tmp), which limits on its address space do not."""
 
+import errno
 import os
 import re
 import secrets
+import subprocess
+import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 CONTROLLERS = {"memory", "pids"}
 MEMORY_BYTES = 1280 << 20  # of the program, of the process that watches it, and of its files
 PIDS = 260
+END_SECONDS = 30.0  # for killed processes to have left
+PREFIX = "prime-fast"
 
 
 class NoCgroup(RuntimeError):
@@ -29,21 +34,34 @@ class Cgroup:
     """One sandbox's, made in `parent`."""
 
     def __init__(self, parent: Path):
-        self.folder = parent / f"prime-fast-{os.getpid()}-{secrets.token_hex(4)}"
+        self.folder = parent / f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}"
         self.folder.mkdir()
-        settings = {"memory.max": MEMORY_BYTES, "memory.swap.max": 0, "memory.oom.group": 1, "pids.max": PIDS}
-        for name, value in settings.items():
+        try:
+            for name, value in {"memory.max": MEMORY_BYTES, "memory.oom.group": 1, "pids.max": PIDS}.items():
+                self._write(name, value)
             with suppress(FileNotFoundError):  # a kernel without swap has no limit on it
-                (self.folder / name).write_text(str(value))
+                self._write("memory.swap.max", 0)
+        except OSError:
+            self.folder.rmdir()
+            raise
 
     def add(self, pid: int) -> None:
-        (self.folder / "cgroup.procs").write_text(str(pid))
+        self._write("cgroup.procs", pid)
 
     def end(self) -> dict:
-        """Removes it, whose processes are gone; what they took."""
+        """Ends what still runs in it and removes it; what it took. OSError if a process stays for END_SECONDS."""
+        deadline = time.monotonic() + END_SECONDS
+        with suppress(FileNotFoundError):  # since Linux 5.14; its processes were killed before
+            self._write("cgroup.kill", 1)
         took = self.took()
-        self.folder.rmdir()
-        return took
+        while True:
+            try:
+                self.folder.rmdir()
+                return took
+            except OSError as error:  # who was killed may take a moment to go
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.002)
 
     def took(self) -> dict:
         """{"memory"} at its highest, and the "limit" that was hit."""
@@ -55,37 +73,62 @@ class Cgroup:
                 took["limit"] = limit
         return took
 
+    def _write(self, name: str, value: int) -> None:
+        with open(os.open(self.folder / name, os.O_WRONLY), "w") as file:  # creates none: that it is missing is told
+            file.write(str(value))
 
-def sweep(pid: int) -> None:
-    """Removes what a process that was killed left."""
+
+def sweep() -> None:
+    """Removes what processes left that were killed."""
     with suppress(NoCgroup):
-        for folder in parent().glob(f"prime-fast-{pid}-*"):
-            folder.rmdir()
+        for place in _here():
+            for folder in place.glob(f"{PREFIX}-*-*"):
+                if not Path("/proc", folder.name.split("-")[2]).exists():
+                    with suppress(OSError):  # it is another user's, another sweep has removed it, or it is in use
+                        folder.rmdir()
 
 
 @cache
 def parent() -> Path:
-    """The cgroup in which those of sandboxes can be made. Raises NoCgroup."""
-    return find(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
+    """The cgroup in which those of sandboxes can be made, as one was. Raises NoCgroup."""
+    reasons = []
+    for folder in _here():
+        try:
+            _try(folder)
+            return folder
+        except OSError as error:
+            reasons.append(f"no cgroup can be made in {folder} ({error.strerror})")
+    raise NoCgroup("; ".join(reasons))
 
 
-def find(own: str, mounts: str) -> Path:
-    """own, mounts: what /proc/self/cgroup and /proc/self/mountinfo hold."""
+def _try(folder: Path) -> None:
+    group = Cgroup(folder)
+    try:
+        with subprocess.Popen(["sleep", "60"]) as process:
+            try:
+                group.add(process.pid)
+            finally:
+                process.kill()
+    finally:
+        group.end()
+
+
+def _here() -> list[Path]:
+    return places(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
+
+
+def places(own: str, mounts: str) -> list[Path]:
+    """Where a cgroup would have what is needed. own, mounts: what /proc/self/cgroup and /proc/self/mountinfo hold."""
     roots = re.findall(r"^(?:\S+ ){3}(\S+) (\S+) .* - cgroup2 ", mounts, re.M)
     path = re.search(r"^0::(.*)$", own, re.M)
     if not roots or path is None:
         raise NoCgroup("no cgroup v2 is mounted")
     top, root = roots[0]
-    here = Path(root) / os.path.relpath(path[1], top)
-    missing, locked = CONTROLLERS, None
+    here, found, missing = Path(root) / os.path.relpath(path[1], top), [], CONTROLLERS
     for folder in (here, here.parent) if here != Path(root) else (here,):  # its parent where it was delegated
-        try:
+        with suppress(OSError):  # it is no part of what is mounted here
             missing = CONTROLLERS - set((folder / "cgroup.subtree_control").read_text().split())
-        except OSError:
-            continue
-        if not missing and os.access(folder, os.W_OK) and os.access(folder / "cgroup.procs", os.W_OK):
-            return folder
-        locked = locked or (None if missing else folder)
-    if locked:
-        raise NoCgroup(f"{locked} cannot be written")
-    raise NoCgroup(f"{here} gives its children no {' and no '.join(sorted(missing))} controller")
+            found += [] if missing else [folder]
+    if not found:
+        raise NoCgroup(f"{here} gives its children no {' and no '.join(sorted(missing))} controller")
+    return found

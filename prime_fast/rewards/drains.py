@@ -83,6 +83,13 @@ import threading, time
 threading.stack_size(1 << 28)
 for n in range(64): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 print(w['win'])""",
+    "threads beyond the limit": """
+import threading, time
+threading.stack_size(1 << 15)
+for n in range(300): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+print(w['win'])""",
+    "terminals of its own": "import os\nos.openpty()\n" + WIN,
+    "mode of a device": "import os\nos.chmod('/dev/null', 0o666)\n" + WIN,
     "limits raised": """
 import resource as r
 for name in ('NOFILE', 'NPROC', 'FSIZE', 'SIGPENDING', 'CPU', 'AS', 'CORE'):

@@ -94,26 +94,22 @@ def limits_alone(channel: socket.socket, command: list[str], enter: Callable[[in
 
 
 def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int], None]) -> Callable[[], None]:
-    """Its /tmp is read-only: bubblewrap can limit the bytes of a writable one, but not the number of its files."""
+    """For ordinary users. Its /tmp is read-only, as bubblewrap can limit a writable one's bytes but not its files."""
     program = shutil.which("bwrap")
     if program is None:
-        raise Refused("bubblewrap is not installed")
-    options = [
-        "--unshare-all",
-        "--uid",
-        str(INSIDE_ID),
-        "--gid",
-        str(INSIDE_ID),
-        "--die-with-parent",
-        "--cap-drop",
-        "ALL",
-    ]
-    options += ["--clearenv", *(word for pair in ENVIRONMENT.items() for word in ("--setenv", *pair))]
-    options += ["--dev", "/dev", "--dir", "/tmp", "--chdir", "/tmp"]
-    for path in _visible():
+        raise Refused("it is not installed")
+    if os.geteuid() == 0:  # it can make a program no other user than its own
+        raise Refused("it would leave programs root, who owns devices and whom no limit on processes holds")
+    visible = _visible()
+    scratch = _scratch(visible)
+    options = ["--unshare-all", "--uid", str(INSIDE_ID), "--gid", str(INSIDE_ID), "--die-with-parent"]
+    options += ["--cap-drop", "ALL", "--dir", scratch, "--chdir", scratch]
+    for path in visible:
         options += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    command = [program, *options, "--remount-ro", "/dev", "--remount-ro", "/", "--", *command]
-    process = subprocess.Popen(command, stdin=channel, env={}, **_detached(enter))
+    for path in DEVICES:  # not its --dev, which brings terminals
+        options += ["--dev-bind", path, path]
+    command = [program, *options, "--remount-ro", "/", "--", *command]
+    process = subprocess.Popen(command, stdin=channel, env=_environment(scratch), **_detached(enter))
 
     def stop() -> None:
         process.kill()
@@ -177,8 +173,7 @@ def _become(command: list[str], channel: int, wait_fd: int) -> None:
         os.dup2(null, 1)
         os.dup2(null, 2)
         os.closerange(3, 1 << 20)
-        environment = ENVIRONMENT | dict.fromkeys(("HOME", "TMPDIR"), scratch)
-        os.execve(command[0], command, environment)  # which also drops the capabilities in the namespace
+        os.execve(command[0], command, _environment(scratch))  # which also drops the capabilities in the namespace
     except BaseException as error:
         body = json.dumps({"refused": str(error)}).encode()
         os.write(channel, HEADER.pack(len(body)) + body)
@@ -249,6 +244,10 @@ def _visible() -> list[str]:
 def _scratch(visible: Iterable[str]) -> str:
     """Where programs may write, and what is emptied between their tests: not where Python itself lies."""
     return "/scratch" if any(Path(path).is_relative_to("/tmp") for path in visible) else "/tmp"
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    return ENVIRONMENT | dict.fromkeys(("HOME", "TMPDIR"), scratch)
 
 
 def _detached(enter: Callable[[int], None]) -> dict:

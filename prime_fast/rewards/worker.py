@@ -39,7 +39,7 @@ def main(reward: str, socket_fd: int, life_fd: int, timeout: float, sandbox: str
     if scorer:
         os.close(socket_fd)
         status = _watch(scorer, life_fd)
-        cgroup.sweep(scorer)
+        cgroup.sweep()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)  # the pool does, too, but may have been killed
         sys.exit(status)

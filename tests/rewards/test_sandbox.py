@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import processes
 import pytest
 
-from prime_fast.rewards import RewardPool, cgroup, escapes, score
+from prime_fast.rewards import RewardPool, cgroup, escapes, isolate, score
 from prime_fast.rewards.attacks import ATTACKS, READ, STDIN
 
 SUM = "print(sum(map(int, input().split())))"
@@ -139,9 +140,23 @@ def test_python_may_lie_where_programs_write():
         assert result.stdout.split()[0].startswith(folder) and result.stdout.split()[1] == "1.0", result.stderr
 
 
+def run_as_ordinary_user(code: str) -> subprocess.CompletedProcess:
+    """With the system's Python where this is root, as an ordinary user may not be allowed to run ours."""
+    python = sys.executable
+    before = []
+    if os.geteuid() == 0:
+        python, before = "/usr/bin/python3", ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"]
+        version = processes.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"])
+        if version.stdout.strip() != "True":
+            pytest.skip("no such Python")
+    root = str(Path(escapes.__file__).parents[2])
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [*before, python, "-c", textwrap.dedent(code)]
+    return processes.run(command, env=environment, cwd="/")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 def test_as_an_ordinary_user():
-    """With the system's Python, as an ordinary user may not be allowed to run ours."""
     code = f"""
         from prime_fast.rewards import escapes
         from prime_fast.rewards import RewardPool, score
@@ -150,15 +165,7 @@ def test_as_an_ordinary_user():
             for attack in {ORDINARY!r}:
                 print(escapes.attack(attack, world, pool))
     """
-    python = "/usr/bin/python3"
-    version = processes.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"])
-    if version.stdout.strip() != "True":
-        pytest.skip("no such Python")
-    ordinary = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"]
-    root = str(Path(escapes.__file__).parents[2])
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [*ordinary, python, "-c", textwrap.dedent(code)]
-    out = processes.run(command, env=environment, cwd="/", timeout=120)
+    out = run_as_ordinary_user(code)
     assert out.stdout.split() == ["[1.0]"] + ["None"] * len(ORDINARY), out.stderr
 
 
@@ -277,6 +284,8 @@ def test_the_limit_on_time_cannot_be_ignored():
 
 
 class TestCgroup:
+    """On made-up folders."""
+
     MOUNTS = "25 1 0:22 / {root} rw,nosuid - cgroup2 cgroup2 rw\n"
 
     @pytest.fixture
@@ -290,66 +299,159 @@ class TestCgroup:
         ):
             (tmp_path / path).mkdir(exist_ok=True)
             (tmp_path / path / "cgroup.subtree_control").write_text(controllers + "\n")
-            (tmp_path / path / "cgroup.procs").touch()
         return tmp_path
 
-    def find(self, tree, own):
-        return cgroup.find(f"5:memory:/x\n0::{own}\n", self.MOUNTS.format(root=tree))
+    def places(self, tree, own):
+        return cgroup.places(f"5:memory:/x\n0::{own}\n", self.MOUNTS.format(root=tree))
 
-    def test_where_it_is_made(self, tree):
-        assert self.find(tree, "/") == tree
-        assert self.find(tree, "/user") == self.find(tree, "/user/run") == self.find(tree, "/user/low") == tree / "user"
+    def test_where_it_may_be_made(self, tree):
+        assert self.places(tree, "/") == [tree]
+        assert self.places(tree, "/user") == [tree / "user", tree]
+        assert self.places(tree, "/user/run") == self.places(tree, "/user/low") == [tree / "user"]
 
     def test_why_not(self, tree):
         (tree / "user" / "cgroup.subtree_control").write_text("pids\n")
         with pytest.raises(cgroup.NoCgroup, match="gives its children no memory controller"):
-            self.find(tree, "/user/low/deep")
+            self.places(tree, "/user/low/deep")
         with pytest.raises(cgroup.NoCgroup, match="no cgroup v2 is mounted"):
-            cgroup.find("4:memory:/x\n", "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
+            cgroup.places("4:memory:/x\n", "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
 
-    def test_what_it_is_told_and_tells(self, tree):
-        group = cgroup.Cgroup(tree / "user")
-        group.add(7)
-        written = {path.name: path.read_text() for path in group.folder.iterdir()}
-        assert written == {
-            "memory.max": str(cgroup.MEMORY_BYTES),
-            "memory.swap.max": "0",
-            "memory.oom.group": "1",
-            "pids.max": str(cgroup.PIDS),
-            "cgroup.procs": "7",
-        }
+    def test_is_tried(self, tree, monkeypatch):
+        """As a folder's new folders have no memory.max."""
+        monkeypatch.setattr(cgroup, "_here", lambda: [tree])
+        cgroup.parent.cache_clear()
+        with pytest.raises(cgroup.NoCgroup, match=f"no cgroup can be made in {tree} .No such file or directory"):
+            cgroup.parent()
+        assert not list(tree.glob("prime-fast-*"))
+
+    def test_what_it_tells(self, tree):
+        group = object.__new__(cgroup.Cgroup)
+        group.folder = tree
         for name, text in (("memory.peak", "9"), ("memory.events", "max 4\noom_kill 1"), ("pids.events", "max 0")):
-            (group.folder / name).write_text(text + "\n")
+            (tree / name).write_text(text + "\n")
         assert group.took() == {"memory": 9, "limit": "memory"}
 
     def test_what_the_killed_leave_is_removed(self, tree, monkeypatch):
-        monkeypatch.setattr(cgroup, "parent", lambda: tree)
-        for pid in (7, 71):
+        monkeypatch.setattr(cgroup, "_here", lambda: [tree])
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        for pid in (gone.pid, os.getpid()):
             (tree / f"prime-fast-{pid}-0a").mkdir()
-        cgroup.sweep(7)
-        assert [path.name for path in tree.glob("prime-fast-*")] == ["prime-fast-71-0a"]
+        cgroup.sweep()
+        assert [path.name for path in tree.glob("prime-fast-*")] == [f"prime-fast-{os.getpid()}-0a"]
 
 
-def test_bubblewrap():
-    """The other way into namespaces, where it is installed."""
-    code = f"""
-        import sys, time
-        from prime_fast.rewards import isolate
-        isolate.namespaces = isolate.bubblewrap
-        from prime_fast.rewards.code import grade
+class TestRealCgroup:
+    """Where this machine has one to give."""
+
+    PROGRAMS = [
+        "import mmap\nx = [mmap.mmap(-1, 1 << 22) for _ in range(64)]\n"
+        "for part in x: part.write(bytes(1 << 22))\nprint(3)",
+        "import threading, time\n"
+        "for _ in range(30): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\nprint(3)",
+        "print(3)",
+    ]
+
+    @pytest.fixture
+    def parent(self):
+        cgroup.parent.cache_clear()
         try:
-            print(grade({SUM!r}, {json.loads(ROW["reward_model"]["ground_truth"])!r}, seconds=20, sandbox="namespaces"))
-            for claim in {[STDIN["secret file"], STDIN["tcp server"], STDIN["fork"], STDIN["new file in the root"]]!r}:
-                program = {READ!r} + claim
-                truth = {{"inputs": ['{{"file": "/etc/passwd", "win": "won"}}'], "outputs": ["won"]}}
-                print(grade(program, truth, seconds=20, sandbox="namespaces"))
-        except isolate.Refused as error:
-            print("refused", error)
-    """
-    out = run(code)
-    if "not installed" in out.stdout:
-        pytest.skip("bubblewrap is not installed")
-    assert out.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "0.0"], out.stderr
+            return cgroup.parent()
+        except cgroup.NoCgroup as error:
+            pytest.skip(str(error))
+
+    @pytest.mark.parametrize("way", ["namespaces", "limits_alone"])
+    def test_what_it_holds(self, parent, way):
+        code = f"""
+            import os, time
+            from contextlib import suppress
+            from prime_fast.rewards import cgroup, isolate, sandbox
+            cgroup.MEMORY_BYTES, cgroup.PIDS = 64 << 20, 20
+            sandbox.isolation = lambda mode: isolate.{way}
+            for program in {self.PROGRAMS!r}:
+                output, deadline = "", time.monotonic() + 200
+                with sandbox.Sandbox("", 60, 60) as box, suppress(EOFError):
+                    box.ask({{"code": program, "function": None, "calls": False}}, deadline)
+                    output = box.ask({{"stdin": ""}}, deadline)["output"]
+                held = 1 << 20 < box.took.get("memory", 1 << 21) <= 64 << 20
+                print(box.took["limit"], held, repr(output))
+            print(list(cgroup.parent().glob(f"prime-fast-{{os.getpid()}}-*")))
+        """
+        out = processes.run([sys.executable, "-c", textwrap.dedent(code)])
+        told = ["memory True ''", "threads True ''", r"None True '3\n'", "[]"]
+        assert out.stdout.splitlines() == told, out.stdout + out.stderr
+
+    def test_ends_who_is_in_it(self, parent):
+        group = cgroup.Cgroup(parent)
+        program = subprocess.Popen(["sleep", "60"])
+        group.add(program.pid)
+        with pytest.raises(FileNotFoundError):
+            group._write("memory.max.of.tomorrow", 1)
+        group.end()
+        assert program.wait() == -signal.SIGKILL and not group.folder.exists()
+
+
+BUBBLEWRAP = """
+from prime_fast.rewards import isolate, sandbox
+from prime_fast.rewards.code import grade
+isolate.namespaces = isolate.bubblewrap
+sandbox.isolation("namespaces")  # now, not in the time of a program
+def reward(data_source, solution_str, ground_truth, extra_info):
+    return grade(solution_str, ground_truth, seconds=60, sandbox="namespaces")
+"""
+HELD_BY_BUBBLEWRAP = [
+    "environment of every process",
+    "secret file",
+    "secret file through /proc/1/root",
+    "inherited descriptors",
+    "a user namespace of its own",
+    "remount for writing",
+    "disk and kernel devices",
+    "file outside",
+    "new file in the root",
+    "tcp connection",
+    "abstract unix socket",
+    "fork",
+    "daemon that outlives its parent",
+    "disk",
+    "disk under /dev/shm",
+    "kill of a neighbour",
+    "kill of everything",
+    "memory of the parent as a file",
+    "host name",
+    "shared memory files of others",
+    "threads beyond the limit",
+    "terminals of its own",
+    "mode of a device",
+    "mark in shared memory",
+    "endless loop",
+]
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+class TestBubblewrap:
+    """The other way into namespaces."""
+
+    def test_holds(self):
+        code = f"""
+            import tempfile
+            from prime_fast.rewards import RewardPool, escapes, score
+            with escapes.outside() as world, tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+                file.write({BUBBLEWRAP!r})
+                file.flush()
+                reward = f"{{file.name}}:reward"
+                print(score([{SUM!r}], [{ROW!r}], reward=reward, timeout=60, workers=1))
+                with RewardPool(reward, workers=1, timeout=escapes.SECONDS) as pool:
+                    for attack in {HELD_BY_BUBBLEWRAP!r}:
+                        print(escapes.attack(attack, world, pool))
+        """
+        out = run_as_ordinary_user(code)
+        assert out.stdout.split() == ["[1.0]"] + ["None"] * len(HELD_BY_BUBBLEWRAP), out.stdout + out.stderr
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_root_is_refused(self):
+        with pytest.raises(isolate.Refused, match="would leave programs root"):
+            isolate.bubblewrap(None, [], None)
 
 
 @pytest.mark.parametrize(
