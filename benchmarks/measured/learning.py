@@ -5,48 +5,63 @@ from __future__ import annotations
 from benchmarks.learning.arms import ADDITIONS
 from benchmarks.measured.words import link, load, made_by, ratio, reached, table
 
+PRIME = "odds-size+step+keen+faster+x4+unfiltered"
+ARMS = {
+    "rloo": "RLOO, groups of mean outcome 0.2 to 0.8",
+    "rloo+unfiltered": "RLOO, every group",
+    PRIME: "process rewards, every group (`configs/quickstart.yaml`)",
+}
+
 
 def learning() -> str:
     """Learning."""
-    study = load("learning-chain6.json")
-    arms, base = study["arms"], "against_rloo_unfiltered"
-    odds = arms["odds-size+step+keen+faster+x4+unfiltered"]
-    seconds = odds["mean"]["seconds_per_step"]
-    every = arms["rloo+unfiltered"]["mean"]["seconds_per_step"]
-    auc = ", ".join(f"{third:.2f}" for third in odds["mean"]["step_auc_by_thirds"])
-    head = "arm", "start", "end", "rollouts to 0.8", "to 0.9", "to 0.9 over RLOO's", "over RLOO's on every group"
-    names = {
-        "rloo": "RLOO, groups of mean outcome 0.2 to 0.8",
-        "rloo+unfiltered": "RLOO, every group",
-        "odds-size+step+keen+faster+x4+unfiltered": "process rewards, every group (`configs/quickstart.yaml`)",
-    }
-    rows = [
-        (
-            name,
-            f"{arms[arm]['mean']['start_accuracy']:.3f}",
-            f"{arms[arm]['mean']['final_accuracy']:.3f}",
-            *reached(arms[arm], ("0.8", "0.9")),
-            ratio(arms[arm], "against_rloo", "0.9"),
-            ratio(arms[arm], base, "0.9"),
-            f"{arms[arm]['against_rloo']['error_ratio']:.2f}" if "against_rloo" in arms[arm] else "",
-        )
-        for arm, name in names.items()
-    ]
+    arms = load("learning-chain6.json")["arms"]
+    seconds, every = (arms[arm]["mean"]["seconds_per_step"] for arm in (PRIME, "rloo+unfiltered"))
     return f"""
-The quickstart's task, {len(odds["seeds"])} seeds with an SFT model each, {study["steps"]} steps, greedy accuracy on
-held-out problems, and rollouts until it is reached; ratios with intervals (`95%`) over pairs of one seed.
-
-{made_by("learning-chain6.json")}
-
-{table((*head, "errors at the end over RLOO's"), rows)}
+The quickstart's task. {_compared("learning-chain6.json")}
 
 ![held-out accuracy of the three arms, and the PRM's step AUC](../benchmarks/results/cpu/learning-chain6.png)
 
 Two things pay. One is to drop no group; the other is the process reward, against RLOO on every group, too. It costs
 compute: the PRM takes {seconds["prm"] / seconds["policy"]:.1f} times the policy's seconds, and a step
 {seconds["whole"]:.1f} s against {every["whole"]:.1f} s of RLOO's on every group, beside other work on the machine.
-The step AUC of the PRM by thirds of a run is {auc}.
 [credit.md](credit.md#when-process-rewards-pay) says what to do."""
+
+
+def _compared(name: str) -> str:
+    """What a study of the three arms says."""
+    study = load(name)
+    arms, level = study["arms"], "0.9"
+    head = (
+        "arm",
+        "start",
+        "end",
+        "rollouts to 0.8",
+        f"to {level}",
+        f"to {level} over RLOO's",
+        "over RLOO's on every group",
+    )
+    rows = [
+        (
+            label,
+            f"{arms[arm]['mean']['start_accuracy']:.3f}",
+            f"{arms[arm]['mean']['final_accuracy']:.3f}",
+            *reached(arms[arm], ("0.8", level)),
+            ratio(arms[arm], "against_rloo", level),
+            ratio(arms[arm], "against_rloo_unfiltered", level),
+            f"{arms[arm]['against_rloo']['error_ratio']:.2f}" if "against_rloo" in arms[arm] else "",
+        )
+        for arm, label in ARMS.items()
+        if arm in arms
+    ]
+    auc = ", ".join(f"{third:.2f}" for third in arms[PRIME]["mean"]["step_auc_by_thirds"])
+    return f"""{len(arms[PRIME]["seeds"])} seeds with an SFT model each, {study["steps"]} steps, greedy accuracy on
+held-out problems, and rollouts until it is reached; ratios with intervals (`95%`) over pairs of one seed. The step AUC
+of the PRM by thirds of a run is {auc}.
+
+{made_by(name)}
+
+{table((*head, "errors at the end over RLOO's"), rows)}"""
 
 
 def one_seed() -> str:
@@ -95,49 +110,24 @@ The quickstart's task with an adapter of rank {rank}, {study["steps"]} steps of 
 
 def addition() -> str:
     """Long addition."""
-    study = load("learning-addition.json")
-    odds = study["arms"]["odds-size+step+keen+faster+x4+unfiltered"]
-    level, higher = "0.9", "0.95"
-    late = odds["against_rloo_unfiltered"]["rollouts_to"][higher]
-    ends = [seed["final_accuracy"] for arm in study["arms"].values() for seed in arm["seeds"].values()]
+    arms, higher = load("learning-addition.json")["arms"], "0.95"
+    late = arms[PRIME]["against_rloo_unfiltered"]["rollouts_to"][higher]
+    ends = [seed["final_accuracy"] for arm in arms.values() for seed in arm["seeds"].values()]
     return f"""
-The same arms on another task, {len(odds["seeds"])} seeds: process rewards take {ratio(odds, "against_rloo", level)} of
-RLOO's rollouts to an accuracy of {level}, and {ratio(odds, "against_rloo_unfiltered", level)} of those of RLOO on every
-group. The {late["pairs"]} runs that reach {higher} need {late["ratio"][0]:.2f} times the rollouts of RLOO on every
-group, and all runs end between {min(ends):.2f} and {max(ends):.2f}.
+Sums of long numbers with a written scratchpad. {_compared("learning-addition.json")}
 
-{made_by("learning-addition.json")}"""
-
-
-def gentle() -> str:
-    """A gentle policy."""
-    return _beside_rloo("learning-gentle.json", "The quickstart's task at a third of its learning rate", "0.9")
+The {late["pairs"]} runs that reach {higher} need {late["ratio"][0]:.2f} times the rollouts of RLOO on every group, and
+all runs end between {min(ends):.2f} and {max(ends):.2f}."""
 
 
 def chain10() -> str:
     """Chains of ten."""
-    return _beside_rloo("learning-chain10.json", "Chains of ten steps instead of six", "0.9")
+    return f"\nChains of ten steps instead of six. {_compared('learning-chain10.json')}"
 
 
-def _beside_rloo(name: str, what: str, level: str) -> str:
-    study = load(name)
-    arms = {"rloo": "RLOO, groups of mean outcome 0.2 to 0.8"}
-    arms["odds-size+step+keen+faster+x4+unfiltered"] = "process rewards, every group"
-    rows = []
-    for arm, label in arms.items():
-        mean = study["arms"][arm]["mean"]
-        auc = " / ".join(f"{third:.2f}" for third in mean["step_auc_by_thirds"]) if "+" in arm else ""
-        rows.append((label, f"{mean['final_accuracy']:.3f}", *reached(study["arms"][arm], ("0.8", level)), auc))
-    odds = study["arms"][arm]
-    middle, low, high = odds["against_rloo"]["rollouts_to"][level]["ratio"]
-    told = f"{middle:.2f}" if low is None else ratio(odds, "against_rloo", level)
-    return f"""
-{what}, seeds: {len(odds["seeds"])}, {study["steps"]} steps: process rewards take {told} of RLOO's rollouts to an
-accuracy of {level}.
-
-{made_by(name)}
-
-{table(("arm", "end", "rollouts to 0.8", f"to {level}", "step AUC by thirds"), rows)}"""
+def gentle() -> str:
+    """A gentle policy."""
+    return f"\nThe quickstart's task at a third of its learning rate. {_compared('learning-gentle.json')}"
 
 
 def published() -> str:

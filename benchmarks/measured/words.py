@@ -39,8 +39,9 @@ def reached(arm: dict, levels: Iterable[str]) -> list[str]:
 
 
 def ratio(arm: dict, base: str, level: str) -> str:
-    """Rollouts to an accuracy over the base's, with its interval; nothing for the base itself."""
-    if base not in arm:
+    """Rollouts to an accuracy over the base's, with its interval; nothing for the base itself, or where no pair of
+    runs has reached it."""
+    if not arm.get(base) or arm[base]["rollouts_to"][level]["ratio"] is None:
         return ""
     middle, low, high = arm[base]["rollouts_to"][level]["ratio"]
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
