@@ -52,7 +52,7 @@ class Failure(NamedTuple):
 FAILURES = {
     "policy.lr 30 times as high": Failure(("outcome_fall", "reference_kl"), ("policy.lr=3.0e-3", "steps=12")),
     "policy.lr 300 times as high": Failure(
-        ("reward_constant", "few_groups"), (*OUTCOMES, "policy.lr=3.0e-2", "steps=10"),
+        ("reward_constant", "few_groups"), (*OUTCOMES, "policy.lr=3.0e-2", "steps=8"),
     ),
     "several epochs at policy.lr=1e-3": Failure(
         ("policy_kl",), (*OUTCOMES, "policy.lr=1.0e-3", "policy.epochs=4", "steps=8"),
@@ -63,10 +63,13 @@ FAILURES = {
     ),
     "no baseline": Failure(
         ("outcome_fall",),
-        (*OUTCOMES, "prime.estimator=reinforce", "prime.whiten=false", "rollout.keep=[0, 1]", "policy.lr=1.0e-3"),
+        (
+            *OUTCOMES, "prime.estimator=reinforce", "prime.whiten=false", "rollout.keep=[0, 1]", "policy.lr=1.0e-3",
+            "steps=16",
+        ),
     ),
     "a reward that pays for short responses": Failure(
-        ("length_collapse", "entropy_collapse"), (*OUTCOMES, *DRAWS, f"{GRADER}likes_short", "steps=36"),
+        ("length_collapse", "entropy_collapse"), (*OUTCOMES, *DRAWS, f"{GRADER}likes_short", "steps=40"),
     ),
     "a reward that pays for long responses": Failure(
         ("length_explosion",),
@@ -77,10 +80,6 @@ FAILURES = {
         ("mismatch",), (*OUTCOMES, "model.dtype=bfloat16", "policy.lr=3.0e-4", "steps=14"), "stale-engine",
     ),
     "a PRM that does not learn": Failure(("prm_chance",), ("prm.lr=0", "steps=21")),
-    "an untrained PRM, trusted": Failure(
-        ("prm_chance",),
-        ("prime.credit=critic", "prime.gate=none", "prime.update=none", "model.prm={task}/model", "steps=21"),
-    ),
     "prm.lr 100 times as high": Failure(("prm_chance",), ("prm.lr=1.0e-2", "prm.passes=3", "steps=21")),
     "a reward that pays for short responses, its PRM trusted": Failure(
         ("prm_misleads",),

@@ -24,7 +24,9 @@ LEFT = 0.3  # share of the first step's failures: with fewer left, entropy is lo
 GAIN = 0.05  # above the outcome of the first step: more than noise
 LOST = 0.8  # of the best level so far: an outcome below that has fallen
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
-NARROWEST = 0.2  # standard deviation of a norm's logarithm: where norms hardly differ, a small step up is no spike
+# standard deviation of a norm's logarithm: where norms hardly differ, a small step up is no spike; where they differ
+# much, as they drift in a run's first steps, a thousandfold is one all the same
+NARROWEST, WIDEST = 0.2, 0.6
 LIKED = 0.5  # correlation of length and outcome from which on it is the length that pays
 EARNS = 0.1  # share of the outcomes' variance that a PRM explains which may weigh more than they do
 FAILURES = ("reward_errors", "reward_timeouts", "reward_crashes")
@@ -102,7 +104,7 @@ def deviations(history: History, key: str) -> tuple[float, str] | None:
         return None
     logs = [math.log(x) for x in before]
     middle = median(logs)
-    spread = max(MAD_TO_SIGMA * median(abs(x - middle) for x in logs), NARROWEST)
+    spread = min(max(MAD_TO_SIGMA * median(abs(x - middle) for x in logs), NARROWEST), WIDEST)
     found, usual = (math.log(value) - middle) / spread, math.exp(middle)
     return found, f"{key} is {value:.3g} after a median of {usual:.3g}, {found:.3g} robust deviations of its logarithm"
 

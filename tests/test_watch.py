@@ -130,6 +130,14 @@ def test_one_step_whose_outcomes_hardly_differ_is_nothing():
     assert not replay(records(25, **drowned) + records(1, 26, **drowned | {"prm_explained_75": -1e4}), LIMITS)
 
 
+def test_a_spike_is_one_after_norms_that_drift_too():
+    """A PRM's norms grow twentyfold in its first steps; a thousandfold of that is a spike, a fiftyfold is not yet."""
+    drift = [record | {"prm_grad_norm": 0.2 * 1.28**i} for i, record in enumerate(records(13))]
+    assert not replay(drift + records(1, 14, prm_grad_norm=50.0), LIMITS)
+    (change,) = replay(drift + records(1, 14, prm_grad_norm=1000.0), LIMITS)
+    assert (change.name, change.step) == ("prm_grad_spike", 14)
+
+
 def test_an_outcome_that_falls_excuses_nothing():
     run = records(5) + records(9, 6, outcome=0.9) + records(9, 15, outcome=0.6, entropy=2.0)
     (change,) = replay(run, LIMITS)
