@@ -88,7 +88,7 @@ def mean(history: History, key: str) -> tuple[float, str] | None:
     return fmean(recent), f"{key} is {fmean(recent):.3g} in the mean of {WINDOW} steps"
 
 
-def middle(history: History, key: str) -> tuple[float, str] | None:
+def typical(history: History, key: str) -> tuple[float, str] | None:
     """Of what has no bound where outcomes hardly differ, for which one such step outweighs all others in a mean."""
     recent = history.recent.get(key, [])
     if key not in history.now or len(recent) < WINDOW:
@@ -246,7 +246,7 @@ WATCHERS = {
         steps=1,
     ),
     "process_dominates": Watcher(
-        "process_over_outcome", middle, "above", 2.0,
+        "process_over_outcome", typical, "above", 2.0,
         "the process reward drowns the outcomes though the PRM explains little of them; lower prime.process_weight, or "
         "take a prime.credit that is calibrated",
         explains,
