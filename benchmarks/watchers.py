@@ -68,8 +68,9 @@ FAILURES = {
             "steps=16",
         ),
     ),
-    "a reward that pays for short responses": Failure(
-        ("length_collapse", "entropy_collapse"), (*OUTCOMES, *DRAWS, f"{GRADER}likes_short", "steps=40"),
+    "a reward that pays for short responses, at policy.lr=1e-3": Failure(
+        ("length_collapse", "entropy_collapse"),
+        (*OUTCOMES, *DRAWS, "policy.lr=1.0e-3", f"{GRADER}likes_short", "steps=24"),
     ),
     "a reward that pays for long responses": Failure(
         ("length_explosion",),
