@@ -95,7 +95,7 @@ FAILURES = {
     "an interval that no mean lies in": Failure(("few_groups",), (*OUTCOMES, "rollout.keep=[0.3, 0.4]", "steps=4")),
     "a reward that is always 0": Failure(("reward_constant",), (*OUTCOMES, f"{GRADER}constant", "steps=4")),
     "a reward that hangs": Failure(
-        ("reward_failures",), (*OUTCOMES, f"{GRADER}hangs", "reward.timeout=2", "steps=3"),
+        ("reward_failures",), (*OUTCOMES, f"{GRADER}hangs", "reward.timeout=4", "steps=2"),
     ),
     "a reward that breaks on the way": Failure(("reward_failures",), (*OUTCOMES, f"{GRADER}breaks", "steps=12")),
 }  # fmt: skip
@@ -114,7 +114,7 @@ def likes_long(data_source: str, solution_str: str, ground_truth: str, extra_inf
 
 
 def hangs(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
-    if sum(map(ord, solution_str)) % 5 < 2:
+    if sum(map(ord, solution_str)) % 10 < 3:
         time.sleep(60)
     return float(sum(map(ord, solution_str)) % 2)
 

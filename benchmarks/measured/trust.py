@@ -47,16 +47,20 @@ def watchers() -> str:
     right = [run for run in failing.values() if set(run["tells"]) <= set(run["began"])]
     shown = {watcher for run in right for watcher in run["tells"]}
     steps = [run["steps"] for run in healthy.values()]
-    false = [f"`{watcher}` in {name}" for name, run in healthy.items() for watcher in run["began"]]
+    false = [
+        f"`{watcher}` in step {step} of {name}"
+        for name, run in healthy.items()
+        for watcher, step in run["began"].items()
+    ]
     rows = [
         [name, ", ".join(f"`{watcher}` {step}" for watcher, step in run["began"].items())]
         for name, run in failing.items()
     ]
     return f"""
 In {len(right)} of {len(failing)} small runs of the quickstart's task that were made to go wrong, the watchers begin
-that should, {len(shown)} of all {len(WATCHERS)}. In {len(healthy)} healthy runs of {min(steps)} to {max(steps)} steps,
-of every task, {len(false) or "none"} begins{": " * bool(false)}{", ".join(false)}. Made by `{result["command"]}`:
-{link("watchers.json")}.
+that should; {len(shown)} of the {len(WATCHERS)} are among them. In {len(healthy)} healthy runs of {min(steps)} to
+{max(steps)} steps, of every task, {len(false) or "none"} begins{": " * bool(false)}{", ".join(false)}. Made by
+`{result["command"]}`: {link("watchers.json")}.
 
 {table(("made to go wrong", "begins, in step"), rows)}"""
 
