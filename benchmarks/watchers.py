@@ -33,7 +33,7 @@ CONFIG = "configs/quickstart.yaml"
 HEALTHY = ("rloo", "rloo+unfiltered", "odds-size+step+keen+faster+x4+unfiltered")
 MAKES_THEM = "python -m benchmarks.learning --task chain6 --steps 40 --sft-per-seed data.eval_rows=512"
 # PRIME as published, in steps of a second
-BASE = (*PLAIN, "steps=25", "rollout.prompts=16", "policy.mini_batch=32", "prm.mini_batch=32", "rollout.patience=0")
+BASE = (*PLAIN, "rollout.prompts=16", "policy.mini_batch=32", "prm.mini_batch=32", "rollout.patience=0")
 BASE += ("log.eval_every=0", "log.checkpoint_every=0")
 OUTCOMES = ("prime.process_weight=0",)  # alone
 GRADER = "reward.function=benchmarks.watchers:"
@@ -106,7 +106,7 @@ def constant(data_source: str, solution_str: str, ground_truth: str, extra_info:
 
 
 def likes_short(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
-    return 0.6 * max(0.0, 1 - len(solution_str) / 40)
+    return 0.6 * max(0.0, 1 - len(solution_str) / 40)  # never as if the task were solved
 
 
 def likes_long(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
@@ -138,8 +138,7 @@ def fail(study: learning.Study, name: str) -> None:
     if (run / "ended").is_file():
         return
     shutil.rmtree(run, ignore_errors=True)
-    settings = [text.format(task=task, sft=sft) for text in (*BASE, *failure.settings)]
-    settings += [f"data.train={task / 'train.jsonl'}", f"data.eval={task / 'eval.jsonl'}"]
+    settings = [*BASE, *failure.settings, f"data.train={task / 'train.jsonl'}", f"data.eval={task / 'eval.jsonl'}"]
     settings += [f"model.policy={sft / 'model'}", f"run_dir={run}"]
     module = ("benchmarks.faults", failure.fault) if failure.fault else ("prime_fast",)
     command = [sys.executable, "-m", *module, "train", CONFIG, *settings]
