@@ -138,7 +138,7 @@ def test_one_step_whose_outcomes_hardly_differ_is_nothing():
 
 
 def test_a_spike_is_one_after_norms_that_drift_too():
-    """A PRM's norms grow twentyfold in its first steps; a thousandfold of that is a spike, a fiftyfold is not yet."""
+    """As a PRM's do in a run's first steps. A thousandfold is told, a sixtyfold is not yet."""
     drift = [record | {"prm_grad_norm": 0.2 * 1.28**i} for i, record in enumerate(records(13))]
     assert not replay(drift + records(1, 14, prm_grad_norm=50.0), LIMITS)
     (change,) = replay(drift + records(1, 14, prm_grad_norm=1000.0), LIMITS)
