@@ -143,6 +143,17 @@ def pair_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> tuple[float,
     return correct.item(), difference.numel()
 
 
+def length_correlation(length: Tensor, outcome: Tensor, group: Tensor) -> float | None:
+    """Pearson's r of length and outcome about their groups' means: 1 where to be longer than another response to the
+    same prompt is what pays. None where one of the two does not differ within any group. All (R,), group int64."""
+    deviations = []
+    for x in (length.double(), outcome.double()):
+        _, mean, _ = group_moments(x, group)
+        deviations.append(x - mean)
+    (length_, outcome_), norms = deviations, [float(x.norm()) for x in deviations]
+    return float(length_ @ outcome_) / (norms[0] * norms[1]) if min(norms) > ROUNDING else None
+
+
 def area_under_curve(positive: Tensor, negative: Tensor) -> float:
     """Chance that a value of `positive` (P,) exceeds one of `negative` (N,), ties counting one half."""
     ranks = torch.cat([positive, negative]).double()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from prime_fast.config import Config
 
-WINDOW = 20  # steps that a mean, or a median of gradient norms, is of
+WINDOW = 20  # steps that a mean or a median is of
 CALM = 3  # steps in a row on the right side that end an alarm
 LEVEL = 3  # steps whose median is the outcome as it stands
 SOLVED = 0.9  # mean outcome from which on certainty is what was wanted
@@ -24,7 +24,10 @@ LEFT = 0.3  # share of the first step's failures: with fewer left, entropy is lo
 GAIN = 0.05  # above the outcome of the first step: more than noise
 LOST = 0.8  # of the best level so far: an outcome below that has fallen
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
-NARROWEST = 0.2  # standard deviation of a norm's logarithm: where norms hardly differ, a small step up is no spike
+# standard deviation of a norm's logarithm: where norms hardly differ, a small step up is no spike; where they differ
+# much, as they drift in a run's first steps, a thousandfold is one all the same
+NARROWEST, WIDEST = 0.2, 0.6
+LIKED = 0.5  # correlation of length and outcome from which on it is the length that pays
 EARNS = 0.1  # share of the outcomes' variance that a PRM explains which may weigh more than they do
 FAILURES = ("reward_errors", "reward_timeouts", "reward_crashes")
 
@@ -85,6 +88,14 @@ def mean(history: History, key: str) -> tuple[float, str] | None:
     return fmean(recent), f"{key} is {fmean(recent):.3g} in the mean of {WINDOW} steps"
 
 
+def typical(history: History, key: str) -> tuple[float, str] | None:
+    """Of what has no bound where outcomes hardly differ, for which one such step outweighs all others in a mean."""
+    recent = history.recent.get(key, [])
+    if key not in history.now or len(recent) < WINDOW:
+        return None
+    return median(recent), f"{key} is {median(recent):.3g} in the median of {WINDOW} steps"
+
+
 def deviations(history: History, key: str) -> tuple[float, str] | None:
     """Of the newest value from the median of those before it, in robust standard deviations; all of the logarithm,
     for norms differ by factors."""
@@ -93,7 +104,7 @@ def deviations(history: History, key: str) -> tuple[float, str] | None:
         return None
     logs = [math.log(x) for x in before]
     middle = median(logs)
-    spread = max(MAD_TO_SIGMA * median(abs(x - middle) for x in logs), NARROWEST)
+    spread = min(max(MAD_TO_SIGMA * median(abs(x - middle) for x in logs), NARROWEST), WIDEST)
     found, usual = (math.log(value) - middle) / spread, math.exp(middle)
     return found, f"{key} is {value:.3g} after a median of {usual:.3g}, {found:.3g} robust deviations of its logarithm"
 
@@ -107,13 +118,26 @@ def rewarded(history: History) -> bool:
     return history.outcome > max(history.first.get("outcome", 0.0) + GAIN, LOST * history.best)
 
 
+def rewarded_though_short(history: History) -> bool:
+    return rewarded(history) and length_pays(history) > -LIKED
+
+
+def rewarded_though_long(history: History) -> bool:
+    return rewarded(history) and length_pays(history) < LIKED
+
+
+def length_pays(history: History) -> float:
+    """By the last steps in which lengths and outcomes differed: once all responses are as the reward likes, none do."""
+    return median(history.recent.get("length_correlation", [0.0])[-LEVEL:])
+
+
 def has_learnt(history: History) -> bool:
     """Nothing is left to tell the responses to a prompt apart by, but there was."""
     return solves(history) and history.first.get("outcome", 0.0) < SOLVED
 
 
 def explains(history: History) -> bool:
-    return fmean(history.recent.get("prm_explained_75", [0.0])) >= EARNS
+    return median(history.recent.get("prm_explained_75", [0.0])) >= EARNS
 
 
 class Watcher(NamedTuple):
@@ -148,18 +172,19 @@ WATCHERS = {
     ),
     "length_collapse": Watcher(
         "response_length", over_start, "at most", 0.33,
-        "the policy breaks off, or the reward likes it short; read samples.jsonl, then mend reward.function or lower "
-        "policy.lr",
-        rewarded,
+        "the policy breaks off, or the reward likes it short (length_correlation is near -1); read samples.jsonl, then "
+        "mend reward.function or lower policy.lr",
+        rewarded_though_short,
     ),
     "length_explosion": Watcher(
         "response_length", over_start, "above", 3.0,
-        "responses ramble or repeat themselves; read samples.jsonl, then lower policy.lr or set policy.kl_coef=0.001",
-        rewarded,
+        "responses ramble or repeat themselves, or the reward likes them long (length_correlation is near 1); read "
+        "samples.jsonl, then mend reward.function, lower policy.lr or set policy.kl_coef=0.001",
+        rewarded_though_long,
     ),
     "truncation": Watcher(
         "truncated", now, "above", 0.5,
-        "most responses are cut off and fail whatever they would have said; raise rollout.max_response, or leave them "
+        "most responses are cut off before they can answer; raise rollout.max_response, or leave them "
         "out with rollout.filter_truncated=true",
     ),
     "policy_kl": Watcher(
@@ -185,10 +210,9 @@ WATCHERS = {
         steps=1,
     ),
     "prm_misleads": Watcher(
-        "prm_explained_75", mean, "at most", -0.02,
+        "prm_explained_75", now, "at most", -0.02,
         "the PRM's value of a prefix is further from the outcome than the baseline alone; set prime.gate=evidence, "
         "lower prime.process_weight, or train the PRM more (prm.loss, prm.rows, prm.passes)",
-        steps=1,
     ),
     "few_groups": Watcher(
         "groups_kept", now, "at most", 0.05,
@@ -222,14 +246,14 @@ WATCHERS = {
         steps=1,
     ),
     "process_dominates": Watcher(
-        "process_over_outcome", mean, "above", 2.0,
+        "process_over_outcome", typical, "above", 2.0,
         "the process reward drowns the outcomes though the PRM explains little of them; lower prime.process_weight, or "
         "take a prime.credit that is calibrated",
         explains,
         steps=1,
     ),
 }  # fmt: skip
-METRICS = {watcher.metric for watcher in WATCHERS.values()}
+METRICS = {watcher.metric for watcher in WATCHERS.values()} | {"length_correlation"}
 
 
 class Change(NamedTuple):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from prime_fast.prime import (
     area_under_curve,
     keep_groups,
+    length_correlation,
     pair_accuracy,
     pair_loss,
     policy_loss,
@@ -204,6 +205,20 @@ def test_pair_accuracy(batch):
     ordered = [(i, j) for i in rows for j in rows if group[i] == group[j] and outcome[i] > outcome[j]]
     want = [1.0 if score[i] > score[j] else 0.5 if score[i] == score[j] else 0.0 for i, j in ordered]
     assert (correct, pairs) == (sum(want), len(want))
+
+
+def test_length_correlation():
+    """That within groups, whatever lies between them; as NumPy has it for one group."""
+    random = torch.Generator().manual_seed(0)
+    length, outcome = torch.randint(1, 99, (40,), generator=random), torch.rand(40, generator=random)
+    one = torch.zeros(40).long()
+    wanted = float(torch.corrcoef(torch.stack([length.double(), outcome.double()]))[0, 1])
+    assert length_correlation(length, outcome, one) == pytest.approx(wanted)
+    group = torch.arange(40) % 4
+    assert length_correlation(length + 1000 * group, 0.001 * length + group, group) == pytest.approx(1)
+    assert length_correlation(length, -2.0 * length, group) == pytest.approx(-1)
+    assert length_correlation(7 * group, outcome, group) is None  # lengths differ between groups alone
+    assert length_correlation(length, group / 3, group) is None
 
 
 def test_pair_accuracy_without_pairs():

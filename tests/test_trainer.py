@@ -31,7 +31,7 @@ HAS_LIBAIO = deepspeed.ops.__compatible_ops__["async_io"]
 
 VOLATILE = ("seconds", "tokens_per_second", "peak_memory_gib", "memory")
 EXPECTED = """
-step rollouts outcome groups_kept groups rows surplus response_length truncated
+step rollouts outcome groups_kept groups rows surplus response_length length_correlation truncated
 reward_errors reward_timeouts reward_crashes
 prm_loss prm_accuracy prm_pair_accuracy prm_grad_norm process_over_outcome process_reward_mean process_reward_std
 policy_loss entropy clip_fraction approx_kl policy_grad_norm skipped packing_efficiency tokens_per_second

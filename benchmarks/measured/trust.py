@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.measured.words import link, load, table
 from benchmarks.soak import GROWTH, SPAN
-from prime_fast.watch import WINDOW
+from prime_fast.watch import WATCHERS
 
 
 def rewards() -> str:
@@ -40,17 +40,29 @@ work, {paid or "none"} was. Made by `python -m benchmarks.hack`: {link("hack.jso
 
 def watchers() -> str:
     """Watchers."""
-    runs = load("watchers.json")["runs"]
-    healthy = [run for name, run in runs.items() if name.startswith("healthy")]
-    failing = [run["began"].values() for name, run in runs.items() if not name.startswith("healthy")]
-    first = sorted(min(began) for began in failing if began)
-    quick, slow = [step for step in first if step < WINDOW], {str(step) for step in first if step >= WINDOW}
+    result = load("watchers.json")
+    runs = result["runs"]
+    failing = {name: run for name, run in runs.items() if "tells" in run}
+    healthy = {name.removeprefix("healthy: "): run for name, run in runs.items() if name not in failing}
+    right = [run for run in failing.values() if set(run["tells"]) <= set(run["began"])]
+    shown = {watcher for run in right for watcher in run["tells"]}
+    steps = [run["steps"] for run in healthy.values()]
+    false = [
+        f"`{watcher}` in step {step} of {name}"
+        for name, run in healthy.items()
+        for watcher, step in run["began"].items()
+    ]
+    rows = [
+        [name, ", ".join(f"`{watcher}` {step}" for watcher, step in run["began"].items())]
+        for name, run in failing.items()
+    ]
     return f"""
-In {len(first)} of {len(failing)} runs of the quickstart's task that were made to fail a watcher begins: in step
-{min(quick)} to {max(quick)} where the policy breaks, in step {", ".join(sorted(slow))} where it takes a mean over as
-many. In {len(healthy)} healthy runs of {healthy[0]["steps"]} steps
-{sum(bool(run["began"]) for run in healthy) or "none"} begins. Made by `python -m benchmarks.watchers`:
-{link("watchers.json")}."""
+In {len(right)} of {len(failing)} small runs of the quickstart's task that were made to go wrong, the watchers begin
+that should; {len(shown)} of the {len(WATCHERS)} are among them. In {len(healthy)} healthy runs of {min(steps)} to
+{max(steps)} steps, of every task, {len(false) or "none"} begins{": " * bool(false)}{", ".join(false)}. Made by
+`{result["command"]}`: {link("watchers.json")}.
+
+{table(("made to go wrong", "begins, in step"), rows)}"""
 
 
 def chaos() -> str:

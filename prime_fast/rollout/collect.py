@@ -15,7 +15,7 @@ from prime_fast.engine import distributed
 from prime_fast.engine.batch import Batch, Group, Sample
 from prime_fast.engine.distributed import Stop
 from prime_fast.metrics import Phases
-from prime_fast.prime import keep_groups
+from prime_fast.prime import keep_groups, length_correlation
 from prime_fast.progress import progress
 from prime_fast.rewards import RewardPool
 from prime_fast.rewards.pool import Verdict
@@ -272,6 +272,7 @@ class Collector:
             "outcome_std": pstdev(outcomes),
             "groups_kept": passed / len(groups),
             "response_length": sum(len(sample.tokens) for sample in samples) / len(samples),
+            "length_correlation": _length_correlation(groups),
             "truncated": sum(sample.truncated for sample in samples) / len(samples),
         } | failed
 
@@ -286,3 +287,14 @@ def _group(start: tuple, verdicts: list[Verdict], version: int) -> Group:
     oldest = min((sample.runs[0][1] for sample in samples if sample.runs), default=version)
     programs = tuple(verdict.usage for verdict in verdicts if verdict.usage)
     return Group(*start, tuple(verdict.outcome for verdict in verdicts), oldest, failed, programs)
+
+
+def _length_correlation(groups: list[Group]) -> float | None:
+    """Of whole responses: one that is cut off is long, and fails, whatever the reward likes."""
+    whole = [
+        (len(sample.tokens), outcome, i)
+        for i, group in enumerate(groups)
+        for sample, outcome in zip(group.samples, group.outcomes, strict=True)
+        if not sample.truncated
+    ]
+    return length_correlation(*map(torch.tensor, zip(*whole, strict=True))) if whole else None

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from benchmarks import collection as simulation
 from prime_fast.config import RolloutConfig
-from prime_fast.engine.batch import Batch
+from prime_fast.engine.batch import Batch, Group, Sample
 from prime_fast.rollout import demand
-from prime_fast.rollout.collect import Collector
+from prime_fast.rollout.collect import Collector, _length_correlation
 from prime_fast.rollout.fleet import Fleet
 
 
@@ -173,3 +173,17 @@ def test_the_expected_surplus_is_that_of_a_beta_binomial():
     for missing in (50, 70, 80):
         left = (passing - missing).clamp(min=0).mean().item()
         assert demand._left_over(expected, spread, missing) == pytest.approx(left, rel=0.05, abs=0.1)
+
+
+def test_length_correlation_is_of_whole_responses():
+    """One that is cut off is long and fails, which says nothing of what the reward likes."""
+
+    def group(number, *responses):
+        samples = tuple(Sample(torch.zeros(length).long(), torch.zeros(length), cut) for length, _, cut in responses)
+        return Group(number, number, (1,), samples, tuple(outcome for _, outcome, _ in responses))
+
+    first = group(0, (2, 0.0, False), (4, 1.0, False), (9, 0.0, True))
+    second = group(1, (30, 0.0, False), (34, 1.0, False), (90, 0.0, True))
+    assert _length_correlation([first]) == pytest.approx(1)
+    assert _length_correlation([first, second]) == pytest.approx(3 / 10**0.5)
+    assert _length_correlation([group(0, (9, 1.0, True), (9, 0.0, True))]) is None
