@@ -87,6 +87,40 @@ def one_seed() -> str:
 {table(("arm", *(f"rollouts to {level}" for level in levels)), rows)}"""
 
 
+def forms() -> str:
+    """Other forms of credit."""
+    arms, base, level = load("learning-forms.json")["arms"], "against_rloo_unfiltered", "0.9"
+    names = {
+        "rloo+unfiltered": "RLOO",
+        "published+unfiltered": "`published`, with its PRM",
+        "critic+step+keen+faster+unfiltered": "`critic`",
+        "pav+step+keen+faster+unfiltered": "`pav`, weight 2",
+        "lookahead+keen+faster+unfiltered": "`lookahead`, weight 2",
+        "odds+step+keen+faster+x4+unfiltered": "`odds`, gate `evidence`, weight 4",
+        PRIME: "`odds`, gate `size`, weight 4 (`configs/quickstart.yaml`)",
+        "odds-size+step+oracle+x4+unfiltered": "the same with **true step labels** in the PRM's place",
+    }
+    rows = [
+        (
+            label,
+            f"{len(arms[arm]['seeds'])}",
+            f"{arms[arm]['mean']['final_accuracy']:.3f}",
+            *reached(arms[arm], ("0.8", level, "0.95")),
+            ratio(arms[arm], base, level),
+        )
+        for arm, label in names.items()
+        if arm in arms
+    ]
+    head = "credit", "seeds", "end", "rollouts to 0.8", f"to {level}", "to 0.95", f"to {level} over RLOO's"
+    return f"""
+The quickstart's task, every group, the PRM of `configs/quickstart.yaml` unless said otherwise; ratios with intervals
+(`95%`) over pairs of one seed.
+
+{made_by("learning-forms.json")}
+
+{table(head, rows)}"""
+
+
 def lora() -> str:
     """A PRM by LoRA."""
     study, base = load("learning-lora.json"), "odds-size+step+x4+centered+passes+unfiltered"
