@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,9 @@ def test_a_used_run_dir_is_left_alone(workspace, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])
-def test_a_run_dir_is_trained_by_one_run_at_a_time(command, workspace, tmp_path, capsys):
-    """Both are given --resume, as a job that was queued twice is."""
+def test_a_run_dir_is_trained_by_one_run_at_a_time(command, workspace, tmp_path, capsys, monkeypatch):
+    """Both are given --resume, as a job that was queued twice is. One that was killed is waited for."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
     run_dir = tmp_path / "run"
     words = [command, str(workspace / "config.yaml"), f"run_dir={run_dir}", "steps=1", "sft.steps=1", "--resume"]
     with lock.alone(run_dir):
@@ -102,7 +104,17 @@ def test_a_run_dir_is_trained_by_one_run_at_a_time(command, workspace, tmp_path,
         told = f"{run_dir} is being trained by process {os.getpid()} on {socket.gethostname()}; wait for its end"
         assert told in capsys.readouterr().err
         assert [path.name for path in run_dir.iterdir()] == [lock.LOCK]
-    assert main(words) == 0
+    monkeypatch.undo()
+    first, taken, take = ExitStack(), [], lock._take
+    first.enter_context(lock.alone(run_dir))
+
+    def ends_then(file):
+        taken.append(take(file))
+        first.close()
+        return taken[-1]
+
+    monkeypatch.setattr(lock, "_take", ends_then)
+    assert main(words) == 0 and taken == [False, True]
 
 
 def test_resume_refuses_another_configuration(workspace, tmp_path, capsys):
