@@ -117,6 +117,22 @@ def test_a_run_dir_is_trained_by_one_run_at_a_time(command, workspace, tmp_path,
     assert main(words) == 0 and taken == [False, True]
 
 
+def test_a_lock_that_is_removed_is_made_anew(tmp_path, monkeypatch):
+    """What ends without a result takes its run_dir away from under the one that waits for it."""
+    run_dir, first, take = tmp_path / "run", ExitStack(), lock._take
+    first.enter_context(lock.alone(run_dir))
+
+    def ends_before(file):
+        first.close()
+        return take(file)
+
+    monkeypatch.setattr(lock, "_take", ends_before)
+    with lock.alone(run_dir):
+        assert (run_dir / lock.LOCK).exists()
+        (run_dir / "metrics.jsonl").touch()
+    assert sorted(os.listdir(run_dir)) == [lock.LOCK, "metrics.jsonl"]
+
+
 def test_resume_refuses_another_configuration(workspace, tmp_path, capsys):
     arguments = ["train", str(workspace / "config.yaml"), f"run_dir={tmp_path / 'run'}", "steps=1", "log.eval_every=0"]
     assert main(arguments) == 0

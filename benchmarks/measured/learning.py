@@ -74,51 +74,23 @@ def one_seed() -> str:
         "odds-size+step+oracle+x4": "**true step labels** through the same form, with the filter",
         "rloo+unfiltered": "RLOO, every group",
         "odds-size+step+keen+x4+unfiltered": "`odds` on every group, PRM lr 3e-4",
-        "odds-size+step+keen+faster+x4+unfiltered": "`odds` on every group, PRM lr 1e-3",
-        "odds-size+step+oracle+x4+unfiltered": "**true step labels** on every group",
+        PRIME: "`odds` on every group, PRM lr 1e-3",
+        "odds+step+keen+faster+x4+unfiltered": "the same, gate `evidence`",
+        "critic+step+keen+faster+unfiltered": "`critic` on every group, PRM lr 1e-3",
+        "pav+step+keen+faster+unfiltered": "`pav` on every group, weight 2, PRM lr 1e-3",
+        "lookahead+keen+faster+unfiltered": "`lookahead` on every group, weight 2, PRM lr 1e-3",
+        "published+unfiltered": "`published` on every group, its PRM (lr 1e-4)",
+        "odds-size+step+oracle+x4+unfiltered": "**true step labels** through `odds` on every group",
     }
     levels = "0.8", "0.9", "0.95"
-    rows = [(name, *reached(study["arms"][arm], levels)) for arm, name in names.items()]
+    ends = {arm: f"{result['mean']['final_accuracy']:.3f}" for arm, result in study["arms"].items()}
+    rows = [(name, ends[arm], *reached(study["arms"][arm], levels)) for arm, name in names.items()]
     return f"""
 {study["steps"]} steps of one seed: a direction, not a percentage.
 
 {made_by("learning-chain6-one-seed.json")}
 
-{table(("arm", *(f"rollouts to {level}" for level in levels)), rows)}"""
-
-
-def forms() -> str:
-    """Other forms of credit."""
-    arms, base, level = load("learning-forms.json")["arms"], "against_rloo_unfiltered", "0.9"
-    names = {
-        "rloo+unfiltered": "RLOO",
-        "published+unfiltered": "`published`, with its PRM",
-        "critic+step+keen+faster+unfiltered": "`critic`",
-        "pav+step+keen+faster+unfiltered": "`pav`, weight 2",
-        "lookahead+keen+faster+unfiltered": "`lookahead`, weight 2",
-        "odds+step+keen+faster+x4+unfiltered": "`odds`, gate `evidence`, weight 4",
-        PRIME: "`odds`, gate `size`, weight 4 (`configs/quickstart.yaml`)",
-        "odds-size+step+oracle+x4+unfiltered": "the same with **true step labels** in the PRM's place",
-    }
-    rows = [
-        (
-            label,
-            f"{len(arms[arm]['seeds'])}",
-            f"{arms[arm]['mean']['final_accuracy']:.3f}",
-            *reached(arms[arm], ("0.8", level, "0.95")),
-            ratio(arms[arm], base, level),
-        )
-        for arm, label in names.items()
-        if arm in arms
-    ]
-    head = "credit", "seeds", "end", "rollouts to 0.8", f"to {level}", "to 0.95", f"to {level} over RLOO's"
-    return f"""
-The quickstart's task, every group, the PRM of `configs/quickstart.yaml` unless said otherwise; ratios with intervals
-(`95%`) over pairs of one seed.
-
-{made_by("learning-forms.json")}
-
-{table(head, rows)}"""
+{table(("arm", "end", *(f"rollouts to {level}" for level in levels)), rows)}"""
 
 
 def lora() -> str:
