@@ -12,6 +12,7 @@ from pathlib import Path
 from prime_fast import durable
 from prime_fast.cli import main
 from prime_fast.engine import checkpoint, manifest
+from prime_fast.lock import LOCK
 from prime_fast.metrics import read_metrics, write_samples
 
 
@@ -23,7 +24,7 @@ def fill(path: Path, leave: int) -> None:
 
 
 def hidden(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob(".*")]
+    return [path.name for path in folder.rglob(".*") if path.name != LOCK]
 
 
 def check(folder: Path, config: str) -> None:
