@@ -82,18 +82,20 @@ def over_best(history: History, key: str) -> tuple[float, str] | None:
 
 
 def mean(history: History, key: str) -> tuple[float, str] | None:
-    recent = history.recent.get(key, [])
-    if key not in history.now or len(recent) < WINDOW:
-        return None
-    return fmean(recent), f"{key} is {fmean(recent):.3g} in the mean of {WINDOW} steps"
+    return _of_window(history, key, fmean, "mean")
 
 
 def typical(history: History, key: str) -> tuple[float, str] | None:
     """Of what has no bound where outcomes hardly differ, for which one such step outweighs all others in a mean."""
+    return _of_window(history, key, median, "median")
+
+
+def _of_window(history: History, key: str, of: Callable, name: str) -> tuple[float, str] | None:
     recent = history.recent.get(key, [])
     if key not in history.now or len(recent) < WINDOW:
         return None
-    return median(recent), f"{key} is {median(recent):.3g} in the median of {WINDOW} steps"
+    value = of(recent)
+    return value, f"{key} is {value:.3g} in the {name} of {WINDOW} steps"
 
 
 def deviations(history: History, key: str) -> tuple[float, str] | None:

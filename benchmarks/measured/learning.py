@@ -40,6 +40,7 @@ def _compared(name: str) -> str:
         f"to {level}",
         f"to {level} over RLOO's",
         "over RLOO's on every group",
+        "errors at the end over RLOO's",
     )
     rows = [
         (
@@ -61,7 +62,7 @@ of the PRM by thirds of a run is {auc}.
 
 {made_by(name)}
 
-{table((*head, "errors at the end over RLOO's"), rows)}"""
+{table(head, rows)}"""
 
 
 def one_seed() -> str:

@@ -210,10 +210,7 @@ def _alone(config: Config) -> Iterator[None]:
     from prime_fast.engine import distributed
 
     with ExitStack() as held:
-        if distributed.rank() == 0:
-            _together(lambda: held.enter_context(lock.alone(Path(config.run_dir))))
-        else:
-            _together(lambda: None)
+        _together(lambda: distributed.rank() or held.enter_context(lock.alone(Path(config.run_dir))))
         yield
 
 
