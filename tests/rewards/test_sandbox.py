@@ -269,7 +269,11 @@ def test_limits_that_were_hit_are_told():
 
 
 def test_the_limit_on_time_cannot_be_ignored():
-    """Neither of a test nor of a call, by the CPU time that it takes, whatever the clock says."""
+    """Neither of a test nor of a call, by the CPU time that it takes, whatever the clock says.
+
+    The kernel ends a test by counting ticks, each whole to whoever runs when it comes: on a busy machine that is off by
+    tenths of a second from the time that it then reports.
+    """
     code = """
         import time
         from prime_fast.rewards.sandbox import Sandbox
@@ -278,7 +282,7 @@ def test_the_limit_on_time_cannot_be_ignored():
             with Sandbox("namespaces", 1, 60) as box:
                 for ask in ({"code": code, "function": "f", "calls": calls}, request):
                     reply = box.ask(ask, time.monotonic() + 60)
-                print(reply["stopped"], reply["limit"], 0.9 < reply["cpu"] < 3)
+                print(reply["stopped"], reply["limit"], 0.5 < reply["cpu"] < 3)
     """
     assert run(code).stdout.split() == ["True", "cpu", "True"] * 2
 
