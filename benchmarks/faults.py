@@ -30,7 +30,7 @@ def damaged_weight() -> None:
 
     def damage(self: Trainer, number: int) -> dict:
         if number == DAMAGED_STEP:
-            weight = self.prm.lm.get_output_embeddings().weight
+            weight = self.learner.prm.lm.get_output_embeddings().weight
             with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 weight.data[-1, 0] = DAMAGE
         return step(self, number)

@@ -5,32 +5,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import prime_kernels
-from prime_fast import passes, preflight, prime, profile, step_labels, token_log
-from prime_fast.config import Config, PolicyConfig, PrmConfig
-from prime_fast.credit import Credit
+from prime_fast import preflight, profile
+from prime_fast.config import Config
 from prime_fast.engine import checkpoint, distributed, interrupt
 from prime_fast.engine.batch import Batch, Group
-from prime_fast.engine.lora import Trunk
 from prime_fast.engine.writing import Checkpoints
-from prime_fast.engine.zero import Engine
 from prime_fast.evaluation import evaluate
+from prime_fast.learner import Learner, Work
 from prime_fast.memory import measured
-from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples, write_tokens
+from prime_fast.metrics import MetricsLog, Phases, peak_gib, write_samples
 from prime_fast.progress import at, progress, say
 from prime_fast.rewards import RewardPool
 from prime_fast.rollout import make_engine
 from prime_fast.rollout.collect import Collector
 from prime_fast.rollout.fleet import Fleet
-from prime_fast.schedule import learning_rate
-from prime_fast.stream import Passes, Scored, Stream
 from prime_fast.watch import Watch, limits_of
 
 MAX_FAILED = 3  # steps in a row whose update came to nothing before the run stops
@@ -47,20 +42,11 @@ class Trainer:
             for sentence in self.plan.chosen():
                 say(sentence)
         self.phases = Phases()
-        self.credit = Credit(config.prime, inputs.tokenizer)
-        self.step_labels = step_labels.load(config.prime.step_labels) if config.prime.step_labels else None
         self.watch = Watch(limits_of(config))
-        self.policy = self._engine("policy", config.policy)
-        self.prm = self.reference = None
-        if config.uses_prm:
-            trained = config.prime.update != "none"
-            self.prm = self._engine("prm", config.prm if trained else None)
-        if config.uses_reference:
-            within = {"policy": self.policy, "prm": self.prm}.get(config.reference_within)
-            self.reference = Trunk("reference", within) if within else self._engine("reference", None)
-        self._park()
-        engine = make_engine(self.plan.engine_config, config.model.policy, inputs.eos_ids, self.policy.dtype, device)
-        self.rollout = Fleet(engine, self.policy.weights)
+        self.learner = Learner(config, self.plan, device, inputs.tokenizer, self.phases)
+        policy = self.learner.policy
+        engine = make_engine(self.plan.engine_config, config.model.policy, inputs.eos_ids, policy.dtype, device)
+        self.rollout = Fleet(engine, policy.weights)
         apart = device.type == "cpu" or "gpus" in config.rollout.vllm
         self.overlaps = config.prime.overlap and self.rollout.concurrent and apart
         reward = {"timeout": config.reward.timeout, "sandbox": config.reward.sandbox}
@@ -79,11 +65,8 @@ class Trainer:
         self.last_write = time.perf_counter()
         self.profile = profile.off
         self.counts = {"updates": 0, "skipped": 0, "failed_in_a_row": 0, "empty_in_a_row": 0}
-        self.record: dict[str, Any] = {}  # metrics of the step in work, as far as they are known
-        self.moved: set[str] = set()  # models whose weights it has changed so far
-        self.stream: Stream | None = None  # its passes of reference and PRM, as long as they go on
-        self.whole = False  # nothing but its evaluation is missing
-        self.unwritten: dict[str, Any] | None = None  # the record of such a step, after a resume
+        self.work = Work()
+        self.unwritten: dict[str, Any] | None = None  # the record of a step that lacks its evaluation, after a resume
 
     def run(self, log: MetricsLog | None, first_step: int = 1) -> None:
         """Train to config.steps, or until nothing is left to learn. `log` is given on rank 0.
@@ -94,7 +77,8 @@ class Trainer:
         self.phases.begins = self._begins
         if first_step == 1:
             with progress("self-check", at_once=True):
-                preflight.self_check(self.policy, self.prm, self.reference, self.rollout, self.inputs, config)
+                models = self.learner.policy, self.learner.prm, self.learner.reference
+                preflight.self_check(*models, self.rollout, self.inputs, config)
             if evaluates:
                 self._write(log, {"step": 0, "rollouts": 0} | self._evaluate(0))
         for step in range(first_step - (self.unwritten is not None), config.steps + 1):
@@ -106,19 +90,19 @@ class Trainer:
                         self.step(step)
                     self._watch()
                 else:
-                    self.record, self.unwritten = self.unwritten, None
+                    self.work, self.unwritten = Work(step, self.unwritten), None
                 stopped_by = self._stopped_by(step)
                 ending = None if stopped_by else self._ending()
-                self.whole = True
+                self.work.whole = True
                 last = step == config.steps or ending is not None
                 if evaluates and (step % config.log.eval_every == 0 or last):
-                    self.record |= self._evaluate(step)
+                    self.work.record |= self._evaluate(step)
             except distributed.Stop:
                 self._save_what_was_trained(log, step, before)
                 raise
-            self._write(log, self.record)
+            self._write(log, self.work.record)
             if step == first_step and log is not None:
-                for sentence in measured.beyond(self.record):
+                for sentence in measured.beyond(self.work.record):
                     print(sentence, flush=True)
             if last or stopped_by or (config.log.checkpoint_every and step % config.log.checkpoint_every == 0):
                 self.save(step)
@@ -132,136 +116,53 @@ class Trainer:
         self._finish_saving()
 
     def step(self, step: int) -> dict[str, Any]:
-        """One PRIME step; returns its metrics, which `self.record` holds as far as they are known at any moment."""
-        config, phases = self.config, self.phases
+        """One PRIME step; returns its metrics, which `work` holds as far as they are known at any moment."""
+        config, phases, learner = self.config, self.phases, self.learner
         prime_kernels.last_used.clear()
-        self.record, self.moved, self.whole = {"step": step}, set(), False
-        self.stream = stream = self._stream(step, config.rollout.prompts, waves=True) if self.overlaps else None
-        try:
-            groups, record, fresh = self.collector.collect(phases, stream, last=step == config.steps)
-        finally:
-            self.moved |= {"prm"} if stream and stream.moved else set()
+        self.work = work = Work(step, {"step": step})
+        if self.overlaps:
+            work.stream = learner.stream(step, config.rollout.prompts, waves=True)
+        groups, record, fresh = self.collector.collect(phases, work.stream, last=step == config.steps)
         if distributed.rank() == 0:
             write_samples(Path(config.run_dir), [self._sample(step, group) for group in fresh[:SAMPLES_PER_STEP]])
-        self.record |= record | {"groups": len(groups), "surplus": len(self.collector.surplus)}
+        work.record |= record | {"groups": len(groups), "surplus": len(self.collector.surplus)}
         nothing = f"no group has a mean outcome within rollout.keep={list(config.rollout.keep)}"
-        others, batch = self._for_the_prm_alone(groups, fresh), None
-        warms_up = step <= config.prm.warmup_steps
-        empty = not groups and not (others and warms_up)
+        others, batch = learner.for_the_prm_alone(groups, fresh, self.collector.surplus), None
+        empty = not groups and not (others and step <= config.prm.warmup_steps)
         if groups or others:
             batch = Batch.of(groups, self.rollout.version) if groups else None
             self.rollout.sleep()
-            self._unpark()
-            self.stream = stream or self._given(step, groups)
-            failure = self._update(step, batch, others, self.stream, groups)
-            self.stream = None
-            self._park()
+            learner.unpark()
+            work.stream = work.stream or learner.given(step, groups)
+            try:
+                failure = learner.learn(work, batch, others, groups)
+            finally:
+                if "policy" in work.moved:
+                    self.rollout.version += 1
+                    self.counts["updates"] += work.record["policy_applied"]
+            work.stream = None
+            learner.park()
         self._count(empty=empty, skip_reason=nothing if empty else failure)
         with phases("sync"):
-            self.rollout.wake(changed="policy" in self.moved)
+            self.rollout.wake(changed="policy" in work.moved)
         self.rollout.settled()
         if batch is not None:
-            self.record |= self._throughput(batch)
-        self.record |= {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
+            work.record |= self._throughput(batch)
+        work.record |= {f"kernel/{op}": backend for op, backend in prime_kernels.last_used.items()}
         if self.counts["failed_in_a_row"] >= MAX_FAILED:
             raise distributed.Stop(f"{MAX_FAILED} steps in a row were skipped: {failure}")
-        return self.record
-
-    def _update(
-        self, step: int, batch: Batch | None, others: list[Group], stream: Stream, groups: Sequence[Group] = ()
-    ) -> str | None:
-        """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so.
-
-        stream: has been given the groups of the batch. Without one, and while the PRM warms up, the policy stays as it
-        is; the credit is calibrated all the same. others: groups that the PRM alone trains on. groups: those of the
-        batch, of which tokens.jsonl gets a few.
-        """
-        config, phases, warmup = self.config, self.phases, self.config.prm.warmup_steps
-        scored = stream.finish(others)
-        self._note_prm(step, scored, batch)
-        if batch is None:
-            return _lost({"PRM": scored.updates})
-        ref_logprob, prm_logprob = scored.ref_logprob, scored.logprob
-        if self.prm is not None and config.prime.update == "before":
-            with phases("prm"):
-                prm_logprob = stream.rescore()
-        if prm_logprob is not None and not torch.isfinite(prm_logprob - ref_logprob[1.0]).all():
-            return "log-probs of the PRM or its reference are not finite, so there are no advantages"
-        with phases("advantage"):
-            base = None if prm_logprob is None else ref_logprob[1.0]
-            if base is not None and config.prime.rebase:
-                base = batch.engine_logprob.to(self.device)
-            fit = self.credit.fit  # of the steps before
-            advantage, told = self.credit.advantage(batch, prm_logprob, base, self.device)
-            if groups and distributed.rank() == 0:
-                ratio = None if prm_logprob is None else prm_logprob - base
-                kept = token_log.records(step, groups, batch, advantage, ratio, self.credit, fit, self.inputs.tokenizer)
-                write_tokens(config.run_dir, kept)
-        self.record |= told
-        if step <= warmup:
-            return _lost({"PRM": scored.updates})
-        shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        budget, attention = config.engine.micro_tokens, self.policy.attention
-        work = {"attention": attention, "sequence_parallel": config.engine.sequence_parallel}
-        epochs = [
-            passes.split(batch, config.policy.mini_batch, budget, shuffle, **work) for _ in range(config.policy.epochs)
-        ]
-        efficiency = passes.efficiency(batch, epochs[0], attention)
-        self.record |= {"rows": len(batch.responses), "packing_efficiency": efficiency}
-        temperature = config.rollout.temperature
-        with phases("old_logprobs"):
-            old_logprob, own_first = self._old_logprob(batch, epochs, ref_logprob)
-        with phases("policy"):
-            lr = learning_rate(config.policy, step - warmup, config.steps - warmup)
-            result = passes.train_policy(
-                self.policy,
-                batch,
-                [mini for minis in epochs for mini in minis],
-                advantage,
-                old_logprob=old_logprob,
-                own_first=own_first,
-                ref_logprob=None if self.reference is None else ref_logprob[temperature],
-                importance_cap=0.0 if config.rollout.old_logprobs == "engine" else config.rollout.importance_cap,
-                temperature=temperature,
-                top_p=config.rollout.top_p,
-                config=config.policy,
-                lr=lr,
-            )
-        self._note("policy", result.updates, lr)
-        self.record |= {
-            "entropy": result.entropy,
-            "clip_fraction": result.clip_fraction,
-            "approx_kl": result.approx_kl,
-            "reference_kl": result.reference_kl,
-        } | result.mismatch
-        if step == warmup + 1 and result.updates.applied and result.updates.grad_norm > 0:
-            preflight.check_every_parameter_trains(self.policy, "policy")
-        return _lost({"PRM": scored.updates, "policy": result.updates})
-
-    def _note(self, name: str, updates: passes.Updates, lr: float) -> None:
-        """Write down what became of a model's mini-batches; its weights are others now if any was applied."""
-        if updates.applied:
-            self.rollout.version += name == "policy" and name not in self.moved
-            self.moved.add(name)
-            self.counts["updates"] += updates.applied if name == "policy" else 0
-        self.record |= {
-            f"{name}_loss": updates.loss,
-            f"{name}_grad_norm": updates.grad_norm,
-            f"{name}_lr": lr,
-            f"{name}_updates": updates.made,
-            f"{name}_applied": updates.applied,
-        }
+        return work.record
 
     def _count(self, empty: bool, skip_reason: str | None) -> None:
         failed = skip_reason is not None and not empty
         self.counts["empty_in_a_row"] = self.counts["empty_in_a_row"] + 1 if empty else 0
         self.counts["failed_in_a_row"] = self.counts["failed_in_a_row"] + 1 if failed else 0
         self.counts["skipped"] += skip_reason is not None
-        self.record |= {"skipped": self.counts["skipped"]} | ({"skip_reason": skip_reason} if skip_reason else {})
+        self.work.record |= {"skipped": self.counts["skipped"]} | ({"skip_reason": skip_reason} if skip_reason else {})
 
     def _watch(self) -> None:
         """Tell what goes wrong from this step on, or no more. Rank 0 looks, for all."""
-        for change in self.watch.look(self.record) if distributed.rank() == 0 else []:
+        for change in self.watch.look(self.work.record) if distributed.rank() == 0 else []:
             say(change.told)
 
     def _stopped_by(self, step: int) -> str | None:
@@ -282,7 +183,7 @@ class Trainer:
             return None
         nothing = (
             f"no group of the last {patience} steps has a mean outcome within rollout.keep={keep}; their mean outcome "
-            f"is {self.record['outcome']:.2f}"
+            f"is {self.work.record['outcome']:.2f}"
         )
         if not self.counts["updates"]:
             raise distributed.Stop(
@@ -298,34 +199,33 @@ class Trainer:
         At once as long as the last whole step is what can be saved; else the step is made to its end, or what of it was
         trained is kept if time is up before the policy's turn.
         """
-        step = self.record.get("step", 0)
-        at(step, phase)
+        work = self.work
+        at(work.step, phase)
         if phase == "checkpoint":
             return
         urgency = interrupt.agreed()
-        if self.stream and self.stream.moved:
-            self.moved.add("prm")
-        can_go_back = self.whole or not self.moved
-        if urgency and (can_go_back or (urgency == interrupt.NOW and "policy" not in self.moved)):
-            raise interrupt.Preempted(f"asked to leave in step {step}, phase {phase}")
+        can_go_back = work.whole or not work.moved
+        if urgency and (can_go_back or (urgency == interrupt.NOW and "policy" not in work.moved)):
+            raise interrupt.Preempted(f"asked to leave in step {work.step}, phase {phase}")
 
     def _save_what_was_trained(self, log: MetricsLog | None, step: int, before: dict[str, Any]) -> None:
         """Leave a checkpoint; of this step if a weight has moved in it, else of the one before, to be made anew.
 
         A whole step is written down once it is evaluated, after --resume.
         """
-        if self.whole:
-            self.save(step, self.record)
+        if self.work.whole:
+            self.save(step, self.work.record)
             self._finish_saving()
             return
-        if self.moved:
-            self._write(log, {"skipped": self.counts["skipped"]} | self.record)
+        moved = self.work.moved
+        if moved:
+            self._write(log, {"skipped": self.counts["skipped"]} | self.work.record)
         else:
             self.collector.load_state_dict(before["collector"])
-            self.credit.load_state_dict(before["credit"])
+            self.learner.credit.load_state_dict(before["credit"])
             self.watch.load_state_dict(before["watch"])
             self.counts = before["counts"]
-        done = step if self.moved else step - 1
+        done = step if moved else step - 1
         self._finish_saving()
         newest = checkpoint.latest(Path(self.config.run_dir))
         if done and (newest is None or newest.name != f"step-{done:06d}"):
@@ -338,8 +238,8 @@ class Trainer:
         if unwritten is not None:
             state["unwritten"] = json.dumps(unwritten)
         with self.phases("checkpoint"):
-            score = self.record.get("eval_accuracy")
-            self.checkpoints.save(step, self._trained(), self.inputs.tokenizer, state, score)
+            score = self.work.record.get("eval_accuracy")
+            self.checkpoints.save(step, self.learner.trained, self.inputs.tokenizer, state, score)
 
     def _finish_saving(self) -> None:
         with self.phases("checkpoint"):
@@ -348,17 +248,17 @@ class Trainer:
     def restore(self, directory: Path, renewed: Collection[str] = ()) -> int:
         """Continue from a checkpoint; returns the step to do next. renewed: what is other than it was (`identity`)."""
         self.rollout.sleep()  # loading needs the most memory of all
-        state = checkpoint.load(directory, self._trained())
+        state = checkpoint.load(directory, self.learner.trained)
         self.collector.load_state_dict(state["collector"], renewed)
         if "credit" in state:  # checkpoints of before it have none
-            self.credit.load_state_dict(state["credit"])
+            self.learner.credit.load_state_dict(state["credit"])
         if "watch" in state and not {"data", "reward"} & set(renewed):  # other rows have other lengths and outcomes
             self.watch.load_state_dict(state["watch"])
         self.counts = state["counts"]
         self.unwritten = json.loads(state["unwritten"]) if "unwritten" in state else None
         if {"data", "reward"} & set(renewed):
             self.counts["empty_in_a_row"] = 0
-        self._park()
+        self.learner.park()
         self.rollout.wake(changed=True)
         return state["step"] + 1
 
@@ -373,102 +273,10 @@ class Trainer:
         """From any thread: this process ends at once, and the reward's workers with it. So must the engine."""
         self.rollout.kill()
 
-    def _engine(self, role: str, optimizer: PolicyConfig | PrmConfig | None) -> Engine:
-        config, adapter = self.config, optimizer and optimizer.lora
-        path, model = config.paths[role], self.plan.model(role)
-        return Engine(role, path, model, config.engine, optimizer, self.device, adapter, config.seed)
-
-    def _park(self) -> None:
-        """Before the rollout engine wakes on the same GPU: the optimizers' states make room for it."""
-        if self.plan.parks:
-            with self.phases("park"):
-                for engine in self._trained().values():
-                    engine.park()
-
-    def _unpark(self) -> None:
-        if self.plan.parks:
-            with self.phases("unpark"):
-                for engine in self._trained().values():
-                    engine.unpark()
-
-    def _trained(self) -> dict[str, Engine]:
-        engines = {"policy": self.policy, "prm": self.prm}
-        return {name: engine for name, engine in engines.items() if engine is not None and engine.trains}
-
     def _state(self) -> dict[str, Any]:
         loop = {"collector": self.collector.state_dict(), "counts": dict(self.counts)}
-        loop |= {"credit": self.credit.state_dict(), "watch": self.watch.state_dict()}
+        loop |= {"credit": self.learner.credit.state_dict(), "watch": self.watch.state_dict()}
         return loop | {"identity": self.inputs.identity}
-
-    def _stream(self, step: int, groups: int, waves: bool = False) -> Stream:
-        """The reference's and the PRM's passes over so many groups to come.
-
-        One forward of the reference gives log-probs for the PRM's rewards at temperature 1, and for the policy's KL at
-        the rollout's. It runs on the PRM's own packs, so that equal weights give log-ratios of exactly 0.
-        """
-        config, rewards = self.config, (1.0,) if self.prm is not None else ()
-        if self.reference is not None:
-            reference, temperatures = self.reference, {config.rollout.temperature: None} | dict.fromkeys(rewards)
-        else:
-            reference, temperatures = self.policy if rewards else None, rewards
-        what = Passes(
-            reference,
-            tuple(temperatures),
-            self.prm,
-            beta=config.prime.beta,
-            lr=learning_rate(config.prm, step, config.steps),
-            micro_tokens=config.engine.micro_tokens,
-            mini_batch=config.prm.mini_batch,
-            loss=config.prm.loss,
-            epochs=config.prm.passes,
-        )
-        return Stream(what, self.phases, groups, config.rollout.samples, waves=waves)
-
-    def _given(self, step: int, groups: list[Group]) -> Stream:
-        """A stream whose groups have all come: a mini-batch is packed at a time."""
-        stream = self._stream(step, len(groups))
-        for group in groups:
-            stream.put(group)
-        return stream
-
-    def _for_the_prm_alone(self, groups: list[Group], fresh: list[Group]) -> list[Group]:
-        """Of the groups that a step has looked at those which rollout.keep drops, if prm.rows asks for them; never one
-        that rollout.filter_truncated does."""
-        if self.config.prm.rows == "kept":
-            return []
-        train = {group.id for group in (*groups, *self.collector.surplus)}
-        strict = self.config.rollout.filter_truncated
-        whole = (group for group in fresh if not (strict and any(sample.truncated for sample in group.samples)))
-        return [group for group in whole if group.id not in train]
-
-    def _note_prm(self, step: int, scored: Scored, batch: Batch | None) -> None:
-        if scored.updates is not None:
-            self._note("prm", scored.updates, learning_rate(self.config.prm, step, self.config.steps))
-        if scored.score is not None and torch.isfinite(scored.score).all():
-            outcome, score = batch.outcome, scored.score.cpu()
-            correct, pairs = prime.pair_accuracy(score, outcome, batch.group)
-            self.record["prm_accuracy"] = float(((score > 0) == (outcome > 0.5)).float().mean())
-            self.record["prm_pair_accuracy"] = correct / pairs if pairs else None
-            if self.step_labels:
-                ratio = (scored.logprob - scored.ref_logprob[1.0]).cpu()
-                auc = step_labels.step_auc(self.step_labels, self.inputs.tokenizer, batch, ratio)
-                self.record["prm_step_auc"] = auc
-
-    def _old_logprob(
-        self, batch: Batch, epochs: list[list[passes.MiniBatch]], ref_logprob: dict[float, Tensor]
-    ) -> tuple[Tensor | None, bool]:
-        """The old policy's log-probs (T,), and whether those of the first mini-batch come from its own forward.
-
-        "engine" needs no correction: the ratio is that of the new policy to the one which sampled, mismatch included.
-        """
-        rollout = self.config.rollout
-        if rollout.old_logprobs == "engine":
-            return batch.engine_logprob.to(self.device), False
-        own_first = rollout.old_logprobs == "update"
-        if self.reference is None and rollout.temperature in ref_logprob:
-            return ref_logprob[rollout.temperature], own_first  # the policy served as the PRM's reference
-        rest = epochs[0][1:] if own_first else epochs[0]
-        return passes.score(self.policy, batch, rest, rollout.temperature) if rest else None, own_first
 
     def _throughput(self, batch: Batch) -> dict[str, float]:
         """Trained tokens a second over the whole step so far, prompts included, and the peak memory of any rank."""
@@ -507,8 +315,3 @@ class Trainer:
         if log is not None:
             log.write(record)
             log.progress(record)
-
-
-def _lost(made: dict[str, passes.Updates | None]) -> str | None:
-    lost = [name for name, updates in made.items() if updates and not updates.applied]
-    return f"no mini-batch of the {' and '.join(lost)} has a finite loss and gradient" if lost else None

@@ -33,7 +33,7 @@ def step(config: Config, device: torch.device, groups: list[Group] | None = None
         if groups is None:
             groups, *rest = collect(phases, stream, last)
             return groups, *rest
-        return as_sampled(trainer.policy, groups, config), {}, []
+        return as_sampled(trainer.learner.policy, groups, config), {}, []
 
     def recorded(*arguments, **options):
         calls.append((arguments, advantage(*arguments, **options)))
@@ -44,7 +44,7 @@ def step(config: Config, device: torch.device, groups: list[Group] | None = None
     try:
         record = trainer.step(1)
         if sampling:  # the engine has the updated weights; the step compared it with the trainer before them
-            preflight.self_check(trainer.policy, None, None, trainer.rollout, trainer.inputs, config)
+            preflight.self_check(trainer.learner.policy, None, None, trainer.rollout, trainer.inputs, config)
     finally:
         prime_kernels.prime_advantage = advantage
         trainer.close()
@@ -52,7 +52,7 @@ def step(config: Config, device: torch.device, groups: list[Group] | None = None
     positions = torch.cat([len(g.prompt) + torch.arange(len(s.tokens)) for g in groups for s in g.samples])
     made = {"record": record, "prm_logprob": prm_logprob, "ref_logprob": ref_logprob, "positions": positions}
     made["token_reward"] = result.token_reward
-    for name, engine in (("policy", trainer.policy), ("prm", trainer.prm)):
+    for name, engine in (("policy", trainer.learner.policy), ("prm", trainer.learner.prm)):
         moments = [safe_get_full_optimizer_state(p, "exp_avg").flatten() for p in engine.lm.parameters()]
         made[f"{name}_gradient"] = 10 * torch.cat(moments)
     return made, groups

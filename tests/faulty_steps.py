@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 
 def attack(trainer: Trainer) -> None:
-    models = {"policy": trainer.policy, "prm": trainer.prm}
+    models = {"policy": trainer.learner.policy, "prm": trainer.learner.prm}
     faults = {name: Faults(engine) for name, engine in models.items()}
     step = 0
 
@@ -82,18 +82,18 @@ def attack(trainer: Trainer) -> None:
             assert all(torch.isfinite(tensor).all() for tensor in after.values()), case
             finite = torch.isfinite(torch.tensor([record[f"{model}_loss"], record[f"{model}_grad_norm"]])).all()
             assert finite == (record[f"{model}_applied"] > 0), case
-        arguments = (trainer.policy, None, None, trainer.rollout, trainer.inputs, trainer.config)
+        arguments = (trainer.learner.policy, None, None, trainer.rollout, trainer.inputs, trainer.config)
         preflight.self_check(*arguments)  # the engine's log-probs are those of the policy as it is now
         return record
 
     assert make("policy", "none", set())["skipped"] == 0
-    updates = trainer.record["policy_updates"], trainer.record["prm_updates"]
+    updates = trainer.work.record["policy_updates"], trainer.work.record["prm_updates"]
     assert min(updates) > 1, updates
     for name in models:
         for kind in ("loss", "gradient"):
             for mini in range(2):
                 assert make(name, kind, {mini})["skipped"] == 0
-                assert torch.isfinite(torch.tensor(trainer.record["entropy"]))
+                assert torch.isfinite(torch.tensor(trainer.work.record["entropy"]))
     everything = set(range(2))
     skipped = [make(name, "loss", everything)["skipped"] for name in models]
     assert skipped == [1, 2], skipped
@@ -110,12 +110,12 @@ def attack(trainer: Trainer) -> None:
         trainer._save_what_was_trained(None, step, trainer._state())
     else:
         raise AssertionError("no stop")
-    left = weights(trainer.prm)
+    left = weights(trainer.learner.prm)
     newest = checkpoint.latest(Path(trainer.config.run_dir))
     assert newest.name == f"step-{step:06d}", (newest, step)
     faults["policy"].arm("none", set())
     assert trainer.restore(newest) == step + 1
-    assert not changed(left, weights(trainer.prm))
+    assert not changed(left, weights(trainer.learner.prm))
     trainer.counts["failed_in_a_row"] = 0
     assert make("policy", "none", set())["skipped"] == 5
     print(f"{step} steps, engine and trainer agree after each")

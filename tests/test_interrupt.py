@@ -43,7 +43,7 @@ def when(monkeypatch):
         begins = Trainer._begins
 
         def begin(self, name):
-            if (self.record.get("step", 0), name) == (step, phase):
+            if (self.work.step, name) == (step, phase):
                 monkeypatch.setattr(Trainer, "_begins", begins)
                 act()
             begins(self, name)
@@ -145,7 +145,7 @@ if os.environ["RANK"] == "1":
     begins = here.Trainer._begins
 
     def begin(self, name):
-        if (self.record.get("step", 0), name) == (2, "generate") and not here.interrupt.asked():
+        if (self.work.step, name) == (2, "generate") and not here.interrupt.asked():
             here.ask()
         begins(self, name)
 

@@ -50,14 +50,14 @@ def update(trainer, batch, advantage, minis=None, **changes):
     options = {
         "old_logprob": None,
         "own_first": True,
-        "ref_logprob": passes.score(trainer.reference, batch, minis, temperature),
+        "ref_logprob": passes.score(trainer.learner.reference, batch, minis, temperature),
         "importance_cap": 2.0,
         "temperature": temperature,
         "top_p": 1.0,
         "config": trainer.config.policy,
         "lr": 0.0,
     }
-    return passes.train_policy(trainer.policy, batch, minis, advantage, **options | changes)
+    return passes.train_policy(trainer.learner.policy, batch, minis, advantage, **options | changes)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -75,7 +75,7 @@ def test_the_kl_to_the_reference_is_that_of_plain_forwards(kl_coef, workspace, c
     trainer.step(1)
     trainer.collector.surplus.clear()  # sampled by the policy before the step
     batch = collected(trainer)
-    models = [hf_model(engine, workspace / "model") for engine in (trainer.policy, trainer.reference)]
+    models = [hf_model(engine, workspace / "model") for engine in (trainer.learner.policy, trainer.learner.reference)]
     policy, reference = (plain_logprob(model, batch, 0.7) for model in models)
     want = ((reference - policy).exp() - 1 - (reference - policy)).mean()
     result = update(trainer, batch, torch.zeros(int(batch.cu_seqlens[-1])))
@@ -89,19 +89,19 @@ def test_later_epochs_compare_with_the_policy_before_the_first(configure, device
     moved = []
     for own_first in (True, False):
         trainer = make_trainer(configure(), device)
-        start = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
+        start = {name: tensor.clone() for name, tensor in trainer.learner.policy.weights()}
         batch = collected(trainer)
         shuffle = torch.Generator().manual_seed(1)
         epochs = [passes.split(batch, 12, 120, shuffle) for _ in range(3)]
         rest = epochs[0][1:] if own_first else epochs[0]
-        old = passes.score(trainer.policy, batch, rest)
+        old = passes.score(trainer.learner.policy, batch, rest)
         advantage = (batch.outcome - 0.5).repeat_interleave(batch.cu_seqlens.diff())
         options = {"ref_logprob": None, "importance_cap": 0.0, "lr": 3e-3}
         minis = [mini for minis in epochs for mini in minis]
         result = update(trainer, batch, advantage, minis, old_logprob=old, own_first=own_first, **options)
         assert result.updates.applied == result.updates.made == sum(map(len, epochs))
         assert abs(result.approx_kl) > 1e-4 and result.clip_fraction > 0
-        moved.append(torch.cat([(tensor - start[name]).flatten() for name, tensor in trainer.policy.weights()]))
+        moved.append(torch.cat([(tensor - start[name]).flatten() for name, tensor in trainer.learner.policy.weights()]))
         trainer.close()
     assert (moved[0] - moved[1]).norm() / moved[0].norm() < 1e-3
 
@@ -112,7 +112,7 @@ def test_whole_rewards_come_with_the_last_token(configure, device):
     batch = collected(trainer)
     draw = torch.Generator().manual_seed(0)
     prm, reference = -torch.rand(2, int(batch.cu_seqlens[-1]), generator=draw)
-    got, _ = trainer.credit.advantage(batch, prm, reference, device)
+    got, _ = trainer.learner.credit.advantage(batch, prm, reference, device)
     lengths = batch.cu_seqlens.diff().tolist()
     totals = [float(q.double().sum()) for q in (prm - reference).split(lengths)]
     means = [total / length for total, length in zip(totals, lengths, strict=True)]

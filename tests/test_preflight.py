@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from test_trainer import models_of
 
 from prime_fast import preflight
 from prime_fast.trainer import Trainer
@@ -10,7 +11,7 @@ from prime_fast.trainer import Trainer
 def test_the_self_check_keeps_to_micro_tokens(configure, device, monkeypatch):
     config = configure("engine.micro_tokens=40")
     trainer = Trainer(config, device, preflight.load_inputs(config))
-    engines, sizes = (trainer.policy, trainer.prm, trainer.reference), []
+    engines, sizes = models_of(trainer), []
     for engine in engines:
         run = engine.run
         monkeypatch.setattr(engine, "run", lambda pack, op, run=run: sizes.append(pack) or run(pack, op))

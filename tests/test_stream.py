@@ -18,13 +18,13 @@ from prime_fast.rollout.hf import HFEngine
 
 def made(trainer, groups, *, waves, eager=None, planned=None, others=()):
     """Scored, the PRM's weights after it, how many micro-batches were made before the last group was there."""
-    stream = trainer._stream(1, planned or len(groups), waves)
+    stream = trainer.learner.stream(1, planned or len(groups), waves=waves)
     early = 0
     for group in groups:
         while eager and eager.random() < 0.7 and stream.work():
             early += 1
         stream.put(group)
-    return stream.finish(others), weights(trainer.prm), early
+    return stream.finish(others), weights(trainer.learner.prm), early
 
 
 def same(one, other):
@@ -38,7 +38,7 @@ def same(one, other):
 
 def kept_and_dropped(trainer):
     groups, _, fresh = trainer.collector.collect(trainer.phases)
-    return groups, trainer._for_the_prm_alone(groups, fresh)
+    return groups, trainer.learner.for_the_prm_alone(groups, fresh, trainer.collector.surplus)
 
 
 MORE = ["prm.loss=prefix", "prm.rows=all", "prm.passes=2", "rollout.keep=[0.3, 0.5]"]
@@ -105,10 +105,10 @@ def test_further_passes_and_dropped_groups_come_after_the_scores(other_prm, conf
     scored, after, _ = made(trainer, groups, waves=False, others=others)
     trainer.close()
     trainer = make_trainer(configure(other_prm, *MORE[:1], "prm.mini_batch=8"), device)
-    parts = [trainer._given(1, part).finish() for part in (groups, others) * 2]
+    parts = [trainer.learner.given(1, part).finish() for part in (groups, others) * 2]
     assert torch.equal(parts[0].logprob, scored.logprob) and torch.equal(parts[0].score, scored.score)
     assert torch.equal(parts[0].ref_logprob[1.0], scored.ref_logprob[1.0])
-    assert not changed(after, weights(trainer.prm))
+    assert not changed(after, weights(trainer.learner.prm))
     made_, losses = zip(*((part.updates.made, part.updates.loss) for part in parts), strict=True)
     assert scored.updates.made == scored.updates.applied == sum(made_) and min(made_) > 1
     first = (losses[0] * made_[0] + losses[1] * made_[1]) / (made_[0] + made_[1])
@@ -139,8 +139,8 @@ def test_it_is_the_plain_passes(other_prm, configure, device):
     scored, _, _ = made(trainer, groups, waves=True, eager=random.Random(0))
     batch = Batch.of(groups)
     minis = passes.split(batch, 1000, 200)
-    torch.testing.assert_close(scored.logprob, passes.score(trainer.prm, batch, minis), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scored.ref_logprob[1.0], passes.score(trainer.reference, batch, minis))
+    torch.testing.assert_close(scored.logprob, passes.score(trainer.learner.prm, batch, minis), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored.ref_logprob[1.0], passes.score(trainer.learner.reference, batch, minis))
     sums = [part.sum() for part in (scored.logprob - scored.ref_logprob[1.0]).split(batch.cu_seqlens.diff().tolist())]
     torch.testing.assert_close(scored.score, 0.05 * torch.stack(sums), rtol=1e-4, atol=1e-6)
     trainer.close()
@@ -151,7 +151,7 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
     settings = ["rollout.engine=vllm", "rollout.prompts=24", "rollout.batch=8", "prm.mini_batch=48"]
     trainer = make_trainer(configure(*settings), device)
     assert trainer.overlaps
-    beside, make = [], trainer._stream
+    beside, make = [], trainer.learner.stream
 
     def watched(*arguments, **options):
         stream = make(*arguments, **options)
@@ -165,7 +165,7 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
         stream.work = noted
         return stream
 
-    monkeypatch.setattr(trainer, "_stream", watched)
+    monkeypatch.setattr(trainer.learner, "stream", watched)
     record = trainer.step(1)
     assert record["skipped"] == 0 and record["prm_updates"] == record["prm_applied"] == 2
     assert sum(beside) > 0
@@ -175,7 +175,7 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
 def test_nobody_listens_while_there_is_work(configure, device, monkeypatch):
     trainer = make_trainer(configure("rollout.prompts=12", "rollout.batch=4", "prm.mini_batch=8"), device)
     trainer.overlaps = True
-    events, fleet, make = [], trainer.rollout, trainer._stream
+    events, fleet, make = [], trainer.rollout, trainer.learner.stream
     step = fleet.step
 
     def watched(*arguments, **options):
@@ -190,7 +190,7 @@ def test_nobody_listens_while_there_is_work(configure, device, monkeypatch):
         return stream
 
     monkeypatch.setattr(fleet, "step", lambda: events.append(("listens", fleet.patience)) or step())
-    monkeypatch.setattr(trainer, "_stream", watched)
+    monkeypatch.setattr(trainer.learner, "stream", watched)
     trainer.step(1)
     pairs = [
         (done, seconds) for (what, done), (then, seconds) in pairwise(events) if (what, then) == ("work", "listens")
@@ -214,7 +214,7 @@ def test_what_the_prm_has_learnt_and_its_groups_outlive_a_stop(configure, device
         configure("rollout.prompts=12", "rollout.batch=4", "prm.mini_batch=4", "engine.micro_tokens=240"), device
     )
     trainer.overlaps = True
-    before, check = weights(trainer.prm), failures.check
+    before, check = weights(trainer.learner.prm), failures.check
 
     def failing(groups, *rest):
         if len(groups) > 12:
@@ -224,7 +224,7 @@ def test_what_the_prm_has_learnt_and_its_groups_outlive_a_stop(configure, device
     monkeypatch.setattr(failures, "check", failing)
     with pytest.raises(Stop, match="the reward failed"):
         trainer.step(1)
-    assert trainer.moved == {"prm"} and changed(before, weights(trainer.prm))
+    assert trainer.work.moved == {"prm"} and changed(before, weights(trainer.learner.prm))
     kept = trainer.collector.surplus
     assert kept and kept == sorted(kept, key=lambda group: group.id)
     monkeypatch.setattr(failures, "check", check)

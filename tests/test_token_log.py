@@ -23,7 +23,7 @@ def step(config, device, slope: float = 0.0) -> tuple[dict, list[dict], Path]:
     Path(config.run_dir).mkdir()
     trainer = Trainer(config, device, preflight.load_inputs(config))
     trainer.step(1)
-    trainer.credit.fit = Fit(slope=slope, mean=0.4)
+    trainer.learner.credit.fit = Fit(slope=slope, mean=0.4)
     record = trainer.step(2)
     trainer.close()
     lines = Path(config.run_dir, "tokens.jsonl").read_text().splitlines()

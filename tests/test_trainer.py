@@ -237,15 +237,15 @@ def test_a_prm_that_warms_up_and_trains_on_all_resumes_to_the_same_bits(workspac
 def test_dropped_groups_train_the_prm_where_none_is_kept(configure, device):
     settings = ["prm.rows=all", "prm.warmup_steps=1", "rollout.keep=[0.6, 0.7]", "rollout.max_rounds=1"]
     trainer = make_trainer(configure(*settings), device)
-    policy = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
+    policy = {name: tensor.clone() for name, tensor in trainer.learner.policy.weights()}
     for step, skipped in ((1, 0), (2, 1)):  # the first trains the PRM alone in any case
-        before = {name: tensor.clone() for name, tensor in trainer.prm.weights()}
+        before = {name: tensor.clone() for name, tensor in trainer.learner.prm.weights()}
         record = trainer.step(step)
         assert record["groups"] == 0 and record["prm_applied"] == 2 and record["skipped"] == skipped
-        assert trainer.moved == {"prm"} and trainer.counts["updates"] == 0
-        assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.prm.weights())
+        assert trainer.work.moved == {"prm"} and trainer.counts["updates"] == 0
+        assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.learner.prm.weights())
     assert "no group has a mean outcome" in record["skip_reason"] and trainer.counts["empty_in_a_row"] == 1
-    assert all(torch.equal(policy[name], tensor) for name, tensor in trainer.policy.weights())
+    assert all(torch.equal(policy[name], tensor) for name, tensor in trainer.learner.policy.weights())
     assert trainer.rollout.version == 0
     trainer.close()
 
@@ -253,7 +253,7 @@ def test_dropped_groups_train_the_prm_where_none_is_kept(configure, device):
 def test_truncated_groups_that_are_filtered_train_nothing(configure, device):
     trainer = make_trainer(configure("prm.rows=all", "rollout.filter_truncated=true", "rollout.max_rounds=1"), device)
     groups, record, fresh = trainer.collector.collect(trainer.phases)
-    others = trainer._for_the_prm_alone(groups, fresh)
+    others = trainer.learner.for_the_prm_alone(groups, fresh, trainer.collector.surplus)
     truncated = [group.id for group in fresh if any(sample.truncated for sample in group.samples)]
     assert truncated and not set(truncated) & {group.id for group in others}
     assert len(fresh) == len(groups) + len(trainer.collector.surplus) + len(truncated) + len(others)
@@ -269,9 +269,13 @@ def collected(trainer):
     return Batch.of(groups_of(trainer))
 
 
+def models_of(trainer):
+    return trainer.learner.policy, trainer.learner.prm, trainer.learner.reference
+
+
 def streamed(trainer, groups):
     """The reference's and the PRM's passes over these groups, a mini-batch at a time."""
-    return trainer._given(1, groups).finish()
+    return trainer.learner.given(1, groups).finish()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def streamed(trainer, groups):
 )
 def test_equal_prm_and_reference_reward_exactly_nothing(overrides, configure, device):
     trainer = make_trainer(configure("prm.lr=0", *overrides), device)
-    assert isinstance(trainer.reference, Trunk) == bool(overrides)  # no weights of its own
+    assert isinstance(trainer.learner.reference, Trunk) == bool(overrides)  # no weights of its own
     groups = groups_of(trainer)
     minis = passes.split(Batch.of(groups), 12, 120)
     assert len(minis) > 1 and max(map(len, minis)) > 1
@@ -318,7 +322,7 @@ def test_the_update_does_not_depend_on_micro_batches_or_row_order(other_prm, con
         lengths = batch.cu_seqlens.diff()
         advantage = (batch.outcome - 0.5).repeat_interleave(lengths).to(device)
         policy = passes.train_policy(
-            trainer.policy,
+            trainer.learner.policy,
             batch,
             minis,
             advantage,
@@ -334,7 +338,8 @@ def test_the_update_does_not_depend_on_micro_batches_or_row_order(other_prm, con
         by_row = dict(zip(order, torch.split(prm.logprob, lengths.tolist()), strict=True))
         logprob = torch.cat([by_row[i] for i in rows])
         numbers = torch.tensor([*prm.updates[2:], *policy.updates[2:], policy.entropy])
-        results.append((logprob.cpu(), numbers, first_moments(trainer.prm), first_moments(trainer.policy)))
+        moments = first_moments(trainer.learner.prm), first_moments(trainer.learner.policy)
+        results.append((logprob.cpu(), numbers, *moments))
         trainer.close()
     expected = results[0]
     for logprob, numbers, *moments in results[1:]:
@@ -372,14 +377,14 @@ OPTIONS = [
 @pytest.mark.parametrize("overrides", OPTIONS, ids=lambda overrides: " ".join(overrides))
 def test_every_option_trains(overrides, configure, device):
     trainer = make_trainer(configure(*overrides), device)
-    before = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
+    before = {name: tensor.clone() for name, tensor in trainer.learner.policy.weights()}
     for step in (1, 2):
         record = trainer.step(step)
         assert record["skipped"] == 0
         assert torch.isfinite(torch.tensor(record["policy_grad_norm"])) and record["policy_grad_norm"] > 0
     assert ("prm_loss" in record) == ("prime.process_weight=0" not in overrides)
-    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.policy.weights())
-    for name, tensor in trainer.policy.weights():
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.learner.policy.weights())
+    for name, tensor in trainer.learner.policy.weights():
         assert torch.equal(dict(trainer.rollout.engine.model.named_parameters())[name], tensor)
     trainer.close()
 
@@ -399,17 +404,17 @@ def test_offloading_changes_nothing(place, straight, workspace, tmp_path, monkey
 
 def test_outcome_only_loads_no_prm_and_no_reference(configure, device):
     trainer = make_trainer(configure("prime.process_weight=0"), device)
-    assert trainer.prm is None and trainer.reference is None
+    assert trainer.learner.prm is None and trainer.learner.reference is None
     trainer.close()
 
 
 def test_a_frozen_prm_scores_and_does_not_move(straight, configure, device):
     prm = checkpoint.latest(straight[0]) / "prm"
     trainer = make_trainer(configure("prime.update=none", f"model.prm={prm}"), device)
-    before = {name: tensor.clone() for name, tensor in trainer.prm.weights()}
+    before = {name: tensor.clone() for name, tensor in trainer.learner.prm.weights()}
     record = trainer.step(1)
     assert record["process_over_outcome"] > 0 and "prm_loss" not in record
-    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.prm.weights())
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.learner.prm.weights())
     trainer.close()
 
 
@@ -444,7 +449,7 @@ def test_non_finite_steps_are_not_applied_and_stop_the_run(configure, device):
     assert trainer.step(1)["skipped"] == 0
     trainer.save(1)
     trainer.checkpoints.finish()
-    parameter = next(trainer.policy.lm.parameters())
+    parameter = next(trainer.learner.policy.lm.parameters())
     healthy = overwrite(parameter, float("nan"))
     record = trainer.step(2)
     assert record["skipped"] == 1 and "finite" in record["skip_reason"]
@@ -467,7 +472,7 @@ def test_the_self_check_catches_a_model_whose_rows_leak(configure, device, monke
 
     config = configure()
     trainer = make_trainer(config, device)
-    arguments = (trainer.policy, trainer.prm, trainer.reference, trainer.rollout, trainer.inputs, config)
+    arguments = (*models_of(trainer), trainer.rollout, trainer.inputs, config)
     preflight.self_check(*arguments)
 
     def leaking(q, k, v, scaling, dropout, window, layout):
@@ -489,13 +494,13 @@ def test_the_self_check_catches_a_stale_rollout_engine(configure, device):
         head = trainer.rollout.engine.model.lm_head.weight
         head.add_(0.1 * torch.randn_like(head))
     with pytest.raises(ValueError, match="rollout engine and the trainer disagree"):
-        preflight.self_check(trainer.policy, trainer.prm, trainer.reference, trainer.rollout, trainer.inputs, config)
+        preflight.self_check(*models_of(trainer), trainer.rollout, trainer.inputs, config)
     trainer.close()
 
 
 def test_a_frozen_parameter_is_named(configure, device):
     trainer = make_trainer(configure("policy.mini_batch=1000"), device)
-    trainer.policy.lm.model.layers[1].mlp.down_proj.weight.register_hook(lambda grad: grad * 0)
+    trainer.learner.policy.lm.model.layers[1].mlp.down_proj.weight.register_hook(lambda grad: grad * 0)
     with pytest.raises(Stop, match=r"1 parameters of the policy got no gradient.*layers\.1\.mlp\.down_proj\.weight"):
         trainer.step(1)
     trainer.close()

@@ -87,7 +87,7 @@ def test_a_disagreement_leaves_what_was_trained(configure, device, monkeypatch):
 
     def spoiled(number):
         if number == 3:
-            policy.update(weights(trainer.policy))
+            policy.update(weights(trainer.learner.policy))
             with torch.no_grad():
                 head = trainer.rollout.engine.model.lm_head.weight
                 head.add_(0.3 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
@@ -96,7 +96,7 @@ def test_a_disagreement_leaves_what_was_trained(configure, device, monkeypatch):
     monkeypatch.setattr(trainer, "step", spoiled)
     with pytest.raises(Stop, match="rollout engine and the trainer disagree"):
         trainer.run(log)
-    prm = weights(trainer.prm)
+    prm = weights(trainer.learner.prm)
     trainer.close()
     record = read_metrics(config.run_dir)[-1]
     assert record["step"] == 3 and record["prm_applied"] > 0 and "policy_applied" not in record
@@ -104,7 +104,7 @@ def test_a_disagreement_leaves_what_was_trained(configure, device, monkeypatch):
     assert newest.name == "step-000003"
     again = make_trainer(config, device)
     assert again.restore(newest) == 4
-    assert not changed(prm, weights(again.prm)) and not changed(policy, weights(again.policy))
+    assert not changed(prm, weights(again.learner.prm)) and not changed(policy, weights(again.learner.policy))
     assert again.step(4)["skipped"] == 0
     again.close()
 
@@ -112,11 +112,12 @@ def test_a_disagreement_leaves_what_was_trained(configure, device, monkeypatch):
 def test_a_prm_that_is_not_finite_costs_the_step_alone(configure, device):
     trainer = make_trainer(configure(*MINIS), device)
     trainer.step(1)
-    parameter = next(trainer.prm.lm.parameters())
-    healthy, before = overwrite(parameter, float("nan")), weights(trainer.policy)
+    parameter = next(trainer.learner.prm.lm.parameters())
+    healthy, before = overwrite(parameter, float("nan")), weights(trainer.learner.policy)
     record = trainer.step(2)
     assert record["skipped"] == 1 and "log-probs of the PRM" in record["skip_reason"] and record["prm_applied"] == 0
-    assert not changed(before, weights(trainer.policy))
+    assert not changed(before, weights(trainer.learner.policy))
     overwrite(parameter, healthy)
-    assert trainer.step(3)["skipped"] == 1 and trainer.record["policy_applied"] == trainer.record["policy_updates"]
+    record = trainer.step(3)
+    assert record["skipped"] == 1 and record["policy_applied"] == record["policy_updates"]
     trainer.close()

@@ -116,7 +116,7 @@ def main(spec: dict[str, Any]) -> None:
     trainer.save = lambda step: None  # 12 bytes a parameter on a disk are not what is measured here
     started = time.perf_counter() - began
     for length, count in spec["rows"]:
-        trainer.collector = Given(length, count, trainer.policy.lm.config.vocab_size)
+        trainer.collector = Given(length, count, trainer.learner.policy.lm.config.vocab_size)
         # not from step 1, whose self-check samples; the first of two steps compiles and makes the optimizer states
         trainer.run(MetricsLog(config.run_dir, config.steps), first_step=config.steps - 1)
         record = read_metrics(config.run_dir)[-1]
@@ -130,13 +130,13 @@ def parking(trainer: Any) -> dict[str, Any]:
     by it, which must be what the memory plan counts on."""
     from prime_fast.memory.items import total
 
-    states = [trainer.plan.states[role] for role in trainer._trained()]
+    states = [trainer.plan.states[role] for role in trainer.learner.trained]
     claimed = sum(total(engine.rest()) - total(engine.parked(engine.rest())) for engine in states)
     found: dict[str, Any] = {"claimed_gib": claimed / 2**30, "park_seconds": [], "unpark_seconds": []}
 
     def timed(name: str) -> None:
         began = time.perf_counter()
-        for engine in trainer._trained().values():
+        for engine in trainer.learner.trained.values():
             getattr(engine, name)()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -256,7 +256,7 @@ def summary(
     def under(prefix: str) -> dict[str, float]:
         return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
-    shape = trainer.policy.lm.config
+    shape = trainer.learner.policy.lm.config
     units = {"policy": 3} | ({"reference": 1, "prm": 3} if spec["algorithm"] == "PRIME" else {})
     parts = flops(shape, length, count)
     forward = sum(parts.values())

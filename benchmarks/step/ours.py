@@ -9,7 +9,10 @@ import torch
 
 from benchmarks.step.workload import K, dtype_of, micro_tokens, prompt_room
 from prime_fast.config import Config
+from prime_fast.engine import zero
 from prime_fast.engine.batch import Batch, Group
+from prime_fast.learner import Learner, Work
+from prime_fast.memory import measured
 from prime_fast.metrics import Phases
 
 STEP = 2  # its number: the first one also checks that every parameter trains
@@ -38,24 +41,18 @@ def configuration(settings: dict[str, Any], *, prm: bool) -> Config:
 
 class Ours:
     def __init__(self, settings: dict[str, Any], algorithm: str) -> None:
-        from prime_fast import preflight
-        from prime_fast.engine import zero
-        from prime_fast.trainer import Trainer
-
-        device = zero.start()
-        inputs = preflight.Inputs(None, (0,), [{"prompt_ids": [1]}], None)
-        self.trainer = Trainer(configuration(settings, prm=algorithm == "PRIME"), device, inputs)
-        self.trainer.rollout.sleep()
+        config, device = configuration(settings, prm=algorithm == "PRIME"), zero.start()
+        self.learner = Learner(config, measured.plan(config, device), device, None, Phases())
 
     def step(self, groups: list[Group]) -> tuple[Phases, dict[str, float]]:
-        self.trainer.record = {}
-        phases = self.trainer.phases = Phases()
-        if failure := self.trainer._update(STEP, Batch.of(groups), [], self.trainer._given(STEP, groups)):
+        phases = self.learner.phases = Phases()
+        work = Work(STEP, stream=self.learner.given(STEP, groups))
+        if failure := self.learner.learn(work, Batch.of(groups)):
             raise RuntimeError(failure)
-        return phases, {key: self.trainer.record[key] for key in COMPARED if key in self.trainer.record}
+        return phases, {key: work.record[key] for key in COMPARED if key in work.record}
 
     def close(self) -> None:
-        self.trainer.close()
+        """Nothing runs elsewhere."""
 
 
 COMPARED = ("prm_loss", "prm_grad_norm", "policy_loss", "policy_grad_norm")
@@ -67,7 +64,6 @@ class Rollouts:
     def __init__(self, settings: dict[str, Any]) -> None:
         import vllm  # noqa: F401  says at once, and in its own words, that it is missing
 
-        from prime_fast.engine import zero
         from prime_fast.rollout import make_engine
 
         config = configuration(settings, prm=False)

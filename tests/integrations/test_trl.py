@@ -21,6 +21,7 @@ from prime_fast.engine.batch import Batch
 from prime_fast.engine.zero import deepspeed
 from prime_fast.integrations.trl import PrimeConfig, PrimeTrainer
 from prime_fast.integrations.trl_config import ONLY
+from prime_fast.learner import Work
 
 safe_get_full_optimizer_state = deepspeed.utils.safe_get_full_optimizer_state
 OURS_AND_THEIRS = {
@@ -46,13 +47,14 @@ def flat(rows, batch):
 def test_the_numbers_are_those_of_our_own_trainer(workspace, configure, other_prm, device, tmp_path, monkeypatch):
     """On 6 groups, in two updates of the PRM, the second of which scores with what the first has trained."""
     settings = [other_prm, "policy.lr=1e-4", "policy.mini_batch=24", "prm.lr=1e-4", "prm.mini_batch=12"]
-    own, groups = make_trainer(configure(*settings), device), rollouts(6)
+    trainer, groups = make_trainer(configure(*settings), device), rollouts(6)
+    own = trainer.learner
     batch, told = Batch.of(groups), {}
     sampled = passes.score(own.policy, batch, passes.split(batch, 24, 120))
     combine = own.credit.advantage
     monkeypatch.setattr(own.credit, "advantage", lambda *given: told.setdefault("ours", combine(*given)))
-    own.record = {}
-    assert own._update(1, replace(batch, engine_logprob=sampled), [], own._given(1, groups)) is None
+    work = Work(1, stream=own.given(1, groups))
+    assert own.learn(work, replace(batch, engine_logprob=sampled)) is None
 
     prm = other_prm.partition("=")[2]
     library = make(str(workspace / "model"), prm, tmp_path, groups, prm_batch_size=12)
@@ -62,9 +64,9 @@ def test_the_numbers_are_those_of_our_own_trainer(workspace, configure, other_pr
     logged = library.state.log_history[0]
 
     torch.testing.assert_close(flat(told["theirs"], batch), told["ours"][0], rtol=1e-4, atol=1e-4)
-    assert logged["loss"] == pytest.approx(own.record["policy_loss"], abs=1e-6)
+    assert logged["loss"] == pytest.approx(work.record["policy_loss"], abs=1e-6)
     for ours, theirs in OURS_AND_THEIRS.items():
-        assert logged[theirs] == pytest.approx(own.record[ours], rel=1e-5), ours
+        assert logged[theirs] == pytest.approx(work.record[ours], rel=1e-5), ours
     trained = (own.prm, library.prm.module, library.prm.adam), (own.policy, library.model, library.optimizer.optimizer)
     for engine, model, adam in trained:
         wanted = gradients(engine)
@@ -72,14 +74,14 @@ def test_the_numbers_are_those_of_our_own_trainer(workspace, configure, other_pr
             got = adam.state[parameter]["exp_avg"]
             assert (got - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
-    own.save(1)  # a checkpoint of ours is a model for TRL; vLLM loads one in tests/evaluation/test_evaluate.py
-    own.checkpoints.finish()
+    trainer.save(1)  # a checkpoint of ours is a model for TRL; vLLM loads one in tests/evaluation/test_evaluate.py
+    trainer.checkpoints.finish()
     saved = checkpoint.latest(tmp_path / "run") / "policy"
     args = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
     loaded = GRPOTrainer(str(saved), lambda **_: [], args, prompts(groups))
     for name, weight in own.policy.weights():
         assert torch.equal(loaded.model.get_parameter(name), weight), name
-    own.close()
+    trainer.close()
 
 
 def test_a_loss_is_that_of_trl_and_so_are_its_metrics(workspace, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prime_fast import preflight, trainer
+from prime_fast import learner, preflight, trainer
 from prime_fast.memory import measured
 from prime_fast.memory.advice import card_bytes
 from prime_fast.memory.plan import Plan
@@ -52,8 +52,8 @@ def test_the_trainer_does_what_the_plan_of_its_card_says(configure, workspace, d
         assert [engine.role for engine in made if engine.parking and engine.parking.parked] == ["policy"]
         raise Started
 
-    engine = trainer.Engine
-    monkeypatch.setattr(trainer, "Engine", lambda *given: made.append(engine(*given)) or made[-1])
+    engine = learner.Engine
+    monkeypatch.setattr(learner, "Engine", lambda *given: made.append(engine(*given)) or made[-1])
     monkeypatch.setattr(measured, "plan", lambda *_: plan)
     monkeypatch.setattr(trainer, "make_engine", start)
     with pytest.raises(Started):

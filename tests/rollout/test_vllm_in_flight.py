@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from prime_fast.cli import main
 from prime_fast.engine import checkpoint
+from prime_fast.learner import Learner
 from prime_fast.metrics import read_metrics
 from prime_fast.rollout import Request, hf
 from prime_fast.rollout.collect import Collector
@@ -189,19 +190,20 @@ LONG = ["rollout.max_response=48", "rollout.batch=12", "engine.micro_tokens=512"
 def watched(monkeypatch):
     """What every step looked at, and with how many groups in work its training began; evaluations with the policy."""
     seen = {"looked_at": [], "trained": [], "in_work": [], "beside": [], "evaluations": []}
-    collect, update, evaluate = Collector.collect, Trainer._update, Trainer._evaluate
+    collect, learn, evaluate = Collector.collect, Learner.learn, Trainer._evaluate
 
     def watched_collect(self, *arguments, **options):
+        seen["fleet"] = self.fleet
         groups, record, fresh = collect(self, *arguments, **options)
         seen["looked_at"] += [group.id for group in fresh]
         seen["trained"] += [group.id for group in groups]
         seen["in_work"].append(len(self.started))
         return groups, record, fresh
 
-    def watched_update(self, *arguments):
-        engine = self.rollout.engine
+    def watched_learn(self, *arguments):
+        engine = seen["fleet"].engine
         before = len(engine.finished)
-        result = update(self, *arguments)
+        result = learn(self, *arguments)
         while engine.connection.poll(0):
             engine._note(engine._receive())
         seen["beside"].append(len(engine.finished) - before)
@@ -212,7 +214,7 @@ def watched(monkeypatch):
 
         def greedy(rows, phases):
             groups = original(rows, phases)
-            policy = {name: tensor.clone() for name, tensor in self.policy.weights()}
+            policy = {name: tensor.clone() for name, tensor in self.learner.policy.weights()}
             seen["evaluations"].append((len(self.collector.started), policy, groups))
             return groups
 
@@ -223,7 +225,7 @@ def watched(monkeypatch):
             del self.collector.greedy
 
     monkeypatch.setattr(Collector, "collect", watched_collect)
-    monkeypatch.setattr(Trainer, "_update", watched_update)
+    monkeypatch.setattr(Learner, "learn", watched_learn)
     monkeypatch.setattr(Trainer, "_evaluate", watched_evaluate)
     return seen
 
