@@ -1,7 +1,8 @@
 """The ways to start a process that can reach nothing: own namespaces, bubblewrap, or limits alone.
 
 Each takes (channel, command, enter): a socket to become descriptor 0, what to run, and what to do with the id of the
-process before that. It returns a function that ends the process and all it started, or raises Refused with the reason.
+process before that. It returns a function that ends the process and all it started, and tells what that said on its
+standard error before it became the guest (None: nothing); or raises Refused with the reason.
 """
 
 import ctypes
@@ -23,6 +24,7 @@ from pathlib import Path
 from prime_fast.rewards.guest import HEADER
 
 TMP_BYTES, TMP_FILES = 64 << 20, 4096
+SAID_BYTES = 1000
 INSIDE_ID, NOBODY = 1000, 65534
 ENVIRONMENT = {"PATH": "/usr/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
@@ -93,7 +95,7 @@ def limits_alone(channel: socket.socket, command: list[str], enter: Callable[[in
     return stop
 
 
-def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int], None]) -> Callable[[], None]:
+def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int], None]) -> Callable[[], str | None]:
     """For ordinary users. Its /tmp is read-only, as bubblewrap can limit a writable one's bytes but not its files."""
     program = shutil.which("bwrap")
     if program is None:
@@ -109,11 +111,15 @@ def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int]
     for path in DEVICES:  # not its --dev, which brings terminals
         options += ["--dev-bind", path, path]
     command = [program, *options, "--remount-ro", "/", "--", *command]
-    process = subprocess.Popen(command, stdin=channel, env=_environment(scratch), **_detached(enter))
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  the guest lets go of it before it reads what a model wrote
+    start = _detached(enter) | {"stderr": errors}
+    process = subprocess.Popen(command, stdin=channel, env=_environment(scratch), **start)
 
-    def stop() -> None:
+    def stop() -> str | None:
         process.kill()
         process.wait()
+        with errors:
+            return os.pread(errors.fileno(), SAID_BYTES, 0).decode(errors="replace").strip() or None
 
     return stop
 

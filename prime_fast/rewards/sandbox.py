@@ -48,6 +48,7 @@ class Sandbox:
 
     def _open(self, start: Callable, test_seconds: int, total_seconds: int) -> None:
         self.took: dict = {}  # once it has ended, see `Cgroup.end`
+        self.said: str | None = None  # likewise: why it did not start
         self.group = cgroup.make()
         self.channel, theirs = socket.socketpair()
         try:
@@ -66,7 +67,7 @@ class Sandbox:
 
     def __exit__(self, *exception):
         self.channel.close()
-        self.stop()
+        self.said = self.stop()
         if self.group:
             self.took = self.group.end()
 
@@ -125,11 +126,11 @@ def isolation(mode: str) -> Callable:
 def _try(start: Callable) -> None:
     box = Sandbox.__new__(Sandbox)
     box._open(start, 1, 1)
-    with box:
-        try:
+    try:
+        with box:
             reply = box.ask({"code": "", "function": None, "calls": False}, time.monotonic() + START_SECONDS)
-        except (EOFError, ValueError, TimeoutError) as error:
-            raise Refused(f"its first process did not answer ({type(error).__name__})") from error
+    except (EOFError, ValueError, TimeoutError) as error:
+        raise Refused(f"its first process did not answer ({box.said or type(error).__name__})") from error
     if "loaded" not in reply:
         raise Refused(str(reply))
 

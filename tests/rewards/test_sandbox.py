@@ -452,6 +452,15 @@ class TestBubblewrap:
         out = run_as_ordinary_user(code)
         assert out.stdout.split() == ["[1.0]"] + ["None"] * len(HELD_BY_BUBBLEWRAP), out.stdout + out.stderr
 
+    def test_its_own_words_say_why_it_does_not_start(self):
+        code = """
+            from prime_fast.rewards import isolate, sandbox
+            isolate.namespaces, isolate._visible = isolate.bubblewrap, lambda: []
+            sandbox.isolation("namespaces")
+        """
+        error = run_as_ordinary_user(code).stderr
+        assert "bubblewrap: its first process did not answer (bwrap: execvp" in error, error
+
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
     def test_root_is_refused(self):
         with pytest.raises(isolate.Refused, match="would leave programs root"):
