@@ -16,7 +16,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from prime_fast import cli, stream, trainer
+from prime_fast import cli, learner, stream
 from prime_fast.engine.batch import Group
 from prime_fast.stages.quickstart import CHARACTERS
 
@@ -67,7 +67,7 @@ def labelled(step_labels: Labels) -> type[stream.Stream]:
 
 def main() -> int:
     module, *command = sys.argv[1:]
-    trainer.Stream = labelled(import_module(module).step_labels)
+    learner.Stream = labelled(import_module(module).step_labels)
     return cli.main(command)
 
 
