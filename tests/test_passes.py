@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import collected, make_trainer
+from test_learner import collected
+from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 
 from prime_fast import passes

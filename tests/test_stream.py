@@ -7,7 +7,8 @@ import pytest
 import torch
 from engines import needs_vllm
 from faulty_steps import changed, weights
-from test_trainer import groups_of, make_trainer
+from test_learner import groups_of
+from test_trainer import make_trainer
 
 from prime_fast import passes, prime
 from prime_fast.engine.batch import Batch
