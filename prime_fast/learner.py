@@ -24,18 +24,19 @@ from prime_fast.stream import Passes, Scored, Stream
 
 @dataclass
 class Work:
-    """A step as far as it has come: whatever stops it, what there is to keep is known."""
+    """A step as far as it has come: the Trainer makes one, both fill it in, and whatever stops the step reads from it
+    what there is to keep."""
 
     step: int = 0
     record: dict[str, Any] = field(default_factory=dict)  # its metrics
-    trained: set[str] = field(default_factory=set)  # models whose passes are done and changed their weights
+    changed: set[str] = field(default_factory=set)  # models whose passes are over and moved their weights
     stream: Stream | None = None  # its passes of reference and PRM, as long as they go on
     whole: bool = False  # nothing but its evaluation is missing
 
     @property
     def moved(self) -> set[str]:
         """Models whose weights it has changed so far."""
-        return self.trained | ({"prm"} if self.stream and self.stream.moved else set())
+        return self.changed | ({"prm"} if self.stream and self.stream.moved else set())
 
 
 class Learner:
@@ -80,7 +81,7 @@ class Learner:
                 for engine in self.trained.values():
                     engine.unpark()
 
-    def stream(self, step: int, groups: int, *, waves: bool = False) -> Stream:
+    def begin_stream(self, step: int, groups: int, *, waves: bool = False) -> Stream:
         """The reference's and the PRM's passes over so many groups to come.
 
         One forward of the reference gives log-probs for the PRM's rewards at temperature 1, and for the policy's KL at
@@ -104,9 +105,9 @@ class Learner:
         )
         return Stream(what, self.phases, groups, config.rollout.samples, waves=waves)
 
-    def given(self, step: int, groups: Sequence[Group]) -> Stream:
+    def stream_of(self, step: int, groups: Sequence[Group]) -> Stream:
         """A stream whose groups have all come: a mini-batch is packed at a time."""
-        stream = self.stream(step, len(groups))
+        stream = self.begin_stream(step, len(groups))
         for group in groups:
             stream.put(group)
         return stream
@@ -128,9 +129,9 @@ class Learner:
     ) -> str | None:
         """Train PRM and policy on the batch; returns why an update of one of them came to nothing, if so.
 
-        work: its stream has been given the groups of the batch. Without one, and while the PRM warms up, the policy
-        stays as it is; the credit is calibrated all the same. others: groups that the PRM alone trains on. shown: the
-        groups of the batch, if tokens.jsonl is to get a few.
+        work: its stream must have been given the groups of the batch. Without a batch, and while the PRM warms up, the
+        policy stays as it is; the credit is calibrated all the same. others: groups that the PRM alone trains on.
+        shown: the groups of the batch, of which tokens.jsonl gets a few; none where no such file is wanted.
         """
         config, phases, warmup = self.config, self.phases, self.config.prm.warmup_steps
         scored = work.stream.finish(others)
@@ -194,11 +195,12 @@ class Learner:
         ref_logprob: dict[float, Tensor],
         shown: Sequence[Group],
     ) -> Tensor:
-        """(T,) float32, by the calibration of the steps before."""
+        """(T,) float32, by the calibration of the steps before; told in the record and, of a few groups, token by token
+        in tokens.jsonl."""
         base = None if prm_logprob is None else ref_logprob[1.0]
         if base is not None and self.config.prime.rebase:
             base = batch.engine_logprob.to(self.device)
-        fit = self.credit.fit
+        fit = self.credit.fit  # of the steps before: what follows renews it
         advantage, told = self.credit.advantage(batch, prm_logprob, base, self.device)
         work.record |= told
         if shown and distributed.rank() == 0:
@@ -240,7 +242,7 @@ class Learner:
 def _note(work: Work, name: str, updates: passes.Updates, lr: float) -> None:
     """Write down what became of a model's mini-batches; its weights are others now if any was applied."""
     if updates.applied:
-        work.trained.add(name)
+        work.changed.add(name)
     work.record |= {
         f"{name}_loss": updates.loss,
         f"{name}_grad_norm": updates.grad_norm,

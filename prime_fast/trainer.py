@@ -1,4 +1,5 @@
-"""The PRIME loop: rollouts, outcomes, online PRM, advantages, policy update, weight sync."""
+"""The PRIME loop: rollouts, what a step learns from them (`learner`), weight sync, evaluation, checkpoints, and how it
+stops."""
 
 from __future__ import annotations
 
@@ -121,22 +122,22 @@ class Trainer:
         prime_kernels.last_used.clear()
         self.work = work = Work(step, {"step": step})
         if self.overlaps:
-            work.stream = learner.stream(step, config.rollout.prompts, waves=True)
+            work.stream = learner.begin_stream(step, config.rollout.prompts, waves=True)
         groups, record, fresh = self.collector.collect(phases, work.stream, last=step == config.steps)
         if distributed.rank() == 0:
             write_samples(Path(config.run_dir), [self._sample(step, group) for group in fresh[:SAMPLES_PER_STEP]])
         work.record |= record | {"groups": len(groups), "surplus": len(self.collector.surplus)}
         nothing = f"no group has a mean outcome within rollout.keep={list(config.rollout.keep)}"
         others, batch = learner.for_the_prm_alone(groups, fresh, self.collector.surplus), None
-        empty = not groups and not (others and step <= config.prm.warmup_steps)
+        empty, failure = not groups and not (others and step <= config.prm.warmup_steps), None
         if groups or others:
             batch = Batch.of(groups, self.rollout.version) if groups else None
             self.rollout.sleep()
             learner.unpark()
-            work.stream = work.stream or learner.given(step, groups)
+            work.stream = work.stream or learner.stream_of(step, groups)
             try:
                 failure = learner.learn(work, batch, others, groups)
-            finally:
+            finally:  # a Stop of the update's own checks comes after the weights have moved
                 if "policy" in work.moved:
                     self.rollout.version += 1
                     self.counts["updates"] += work.record["policy_applied"]

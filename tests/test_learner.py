@@ -30,7 +30,7 @@ def models_of(trainer):
 
 def streamed(trainer, groups):
     """The reference's and the PRM's passes over these groups, a mini-batch at a time."""
-    return trainer.learner.given(1, groups).finish()
+    return trainer.learner.stream_of(1, groups).finish()
 
 
 def test_dropped_groups_train_the_prm_where_none_is_kept(configure, device):

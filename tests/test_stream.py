@@ -19,7 +19,7 @@ from prime_fast.rollout.hf import HFEngine
 
 def made(trainer, groups, *, waves, eager=None, planned=None, others=()):
     """Scored, the PRM's weights after it, how many micro-batches were made before the last group was there."""
-    stream = trainer.learner.stream(1, planned or len(groups), waves=waves)
+    stream = trainer.learner.begin_stream(1, planned or len(groups), waves=waves)
     early = 0
     for group in groups:
         while eager and eager.random() < 0.7 and stream.work():
@@ -106,7 +106,7 @@ def test_further_passes_and_dropped_groups_come_after_the_scores(other_prm, conf
     scored, after, _ = made(trainer, groups, waves=False, others=others)
     trainer.close()
     trainer = make_trainer(configure(other_prm, *MORE[:1], "prm.mini_batch=8"), device)
-    parts = [trainer.learner.given(1, part).finish() for part in (groups, others) * 2]
+    parts = [trainer.learner.stream_of(1, part).finish() for part in (groups, others) * 2]
     assert torch.equal(parts[0].logprob, scored.logprob) and torch.equal(parts[0].score, scored.score)
     assert torch.equal(parts[0].ref_logprob[1.0], scored.ref_logprob[1.0])
     assert not changed(after, weights(trainer.learner.prm))
@@ -152,7 +152,7 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
     settings = ["rollout.engine=vllm", "rollout.prompts=24", "rollout.batch=8", "prm.mini_batch=48"]
     trainer = make_trainer(configure(*settings), device)
     assert trainer.overlaps
-    beside, make = [], trainer.learner.stream
+    beside, make = [], trainer.learner.begin_stream
 
     def watched(*arguments, **options):
         stream = make(*arguments, **options)
@@ -166,7 +166,7 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
         stream.work = noted
         return stream
 
-    monkeypatch.setattr(trainer.learner, "stream", watched)
+    monkeypatch.setattr(trainer.learner, "begin_stream", watched)
     record = trainer.step(1)
     assert record["skipped"] == 0 and record["prm_updates"] == record["prm_applied"] == 2
     assert sum(beside) > 0
@@ -176,7 +176,7 @@ def test_the_passes_run_while_vllm_decodes(configure, device, monkeypatch):
 def test_nobody_listens_while_there_is_work(configure, device, monkeypatch):
     trainer = make_trainer(configure("rollout.prompts=12", "rollout.batch=4", "prm.mini_batch=8"), device)
     trainer.overlaps = True
-    events, fleet, make = [], trainer.rollout, trainer.learner.stream
+    events, fleet, make = [], trainer.rollout, trainer.learner.begin_stream
     step = fleet.step
 
     def watched(*arguments, **options):
@@ -191,7 +191,7 @@ def test_nobody_listens_while_there_is_work(configure, device, monkeypatch):
         return stream
 
     monkeypatch.setattr(fleet, "step", lambda: events.append(("listens", fleet.patience)) or step())
-    monkeypatch.setattr(trainer.learner, "stream", watched)
+    monkeypatch.setattr(trainer.learner, "begin_stream", watched)
     trainer.step(1)
     pairs = [
         (done, seconds) for (what, done), (then, seconds) in pairwise(events) if (what, then) == ("work", "listens")

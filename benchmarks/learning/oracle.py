@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ def labelled(step_labels: Labels) -> type[stream.Stream]:
 
 def main() -> int:
     module, *command = sys.argv[1:]
-    learner.Stream = labelled(import_module(module).step_labels)
-    return cli.main(command)
+    with mock.patch.object(learner, "Stream", labelled(import_module(module).step_labels)):
+        return cli.main(command)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Ours:
 
     def step(self, groups: list[Group]) -> tuple[Phases, dict[str, float]]:
         phases = self.learner.phases = Phases()
-        work = Work(STEP, stream=self.learner.given(STEP, groups))
+        work = Work(STEP, stream=self.learner.stream_of(STEP, groups))
         if failure := self.learner.learn(work, Batch.of(groups)):
             raise RuntimeError(failure)
         return phases, {key: work.record[key] for key in COMPARED if key in work.record}

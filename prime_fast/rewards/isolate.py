@@ -24,7 +24,7 @@ from pathlib import Path
 from prime_fast.rewards.guest import HEADER
 
 TMP_BYTES, TMP_FILES = 64 << 20, 4096
-SAID_BYTES = 1000
+SAID_BYTES = 1000  # of what one that did not start said last
 INSIDE_ID, NOBODY = 1000, 65534
 ENVIRONMENT = {"PATH": "/usr/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
@@ -111,7 +111,7 @@ def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int]
     for path in DEVICES:  # not its --dev, which brings terminals
         options += ["--dev-bind", path, path]
     command = [program, *options, "--remount-ro", "/", "--", *command]
-    errors = tempfile.TemporaryFile()  # noqa: SIM115  the guest lets go of it before it reads what a model wrote
+    errors = os.fdopen(os.memfd_create("bwrap"), "rb")  # the guest lets go of it before it reads what a model wrote
     start = _detached(enter) | {"stderr": errors}
     process = subprocess.Popen(command, stdin=channel, env=_environment(scratch), **start)
 
@@ -119,7 +119,8 @@ def bubblewrap(channel: socket.socket, command: list[str], enter: Callable[[int]
         process.kill()
         process.wait()
         with errors:
-            return os.pread(errors.fileno(), SAID_BYTES, 0).decode(errors="replace").strip() or None
+            errors.seek(max(0, os.fstat(errors.fileno()).st_size - SAID_BYTES))
+            return " ".join(errors.read().decode(errors="replace").split()) or None
 
     return stop
 

@@ -130,7 +130,8 @@ def _try(start: Callable) -> None:
         with box:
             reply = box.ask({"code": "", "function": None, "calls": False}, time.monotonic() + START_SECONDS)
     except (EOFError, ValueError, TimeoutError) as error:
-        raise Refused(f"its first process did not answer ({box.said or type(error).__name__})") from error
+        why = ": ".join(filter(None, (type(error).__name__, box.said)))
+        raise Refused(f"its first process did not answer ({why})") from error
     if "loaded" not in reply:
         raise Refused(str(reply))
 

@@ -53,7 +53,7 @@ def test_the_numbers_are_those_of_our_own_trainer(workspace, configure, other_pr
     sampled = passes.score(own.policy, batch, passes.split(batch, 24, 120))
     combine = own.credit.advantage
     monkeypatch.setattr(own.credit, "advantage", lambda *given: told.setdefault("ours", combine(*given)))
-    work = Work(1, stream=own.given(1, groups))
+    work = Work(1, stream=own.stream_of(1, groups))
     assert own.learn(work, replace(batch, engine_logprob=sampled)) is None
 
     prm = other_prm.partition("=")[2]
