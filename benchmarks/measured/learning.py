@@ -6,10 +6,12 @@ from benchmarks.learning.arms import ADDITIONS
 from benchmarks.measured.words import link, load, made_by, ratio, reached, table
 
 PRIME = "odds-size+step+keen+faster+x4+unfiltered"
+WARM = f"{PRIME}+warm"
 ARMS = {
     "rloo": "RLOO, groups of mean outcome 0.2 to 0.8",
     "rloo+unfiltered": "RLOO, every group",
     PRIME: "process rewards, every group (`configs/quickstart.yaml`)",
+    WARM: "the same, with a warm PRM",
 }
 
 
@@ -32,7 +34,7 @@ def _compared(name: str) -> str:
     """What a study of the three arms says."""
     study = load(name)
     arms, level = study["arms"], "0.9"
-    head = (
+    head = [
         "arm",
         "start",
         "end",
@@ -41,9 +43,9 @@ def _compared(name: str) -> str:
         f"to {level} over RLOO's",
         "over RLOO's on every group",
         "errors at the end over RLOO's",
-    )
+    ]
     rows = [
-        (
+        [
             label,
             f"{arms[arm]['mean']['start_accuracy']:.3f}",
             f"{arms[arm]['mean']['final_accuracy']:.3f}",
@@ -51,10 +53,18 @@ def _compared(name: str) -> str:
             ratio(arms[arm], "against_rloo", level),
             ratio(arms[arm], "against_rloo_unfiltered", level),
             f"{arms[arm]['against_rloo']['error_ratio']:.2f}" if "against_rloo" in arms[arm] else "",
-        )
+        ]
         for arm, label in ARMS.items()
         if arm in arms
     ]
+    told = ""
+    if WARM in arms:
+        counted = ratio(arms[WARM], "against_rloo_unfiltered", level, "ratio_with_warmup")
+        told = f"""
+
+A warm PRM has been trained before, on {arms[WARM]["mean"]["warmup_rollouts"]:.0f} rollouts of the policy as it starts.
+With these counted the ratio over RLOO on every group is {counted}: it pays where a PRM serves more than one run, or
+where rollouts with outcomes are there already."""
     auc = ", ".join(f"{third:.2f}" for third in arms[PRIME]["mean"]["step_auc_by_thirds"])
     return f"""{len(arms[PRIME]["seeds"])} seeds with an SFT model each, {study["steps"]} steps, greedy accuracy on
 held-out problems, and rollouts until it is reached; ratios with intervals (`95%`) over pairs of one seed. The step AUC
@@ -62,7 +72,7 @@ of the PRM by thirds of a run is {auc}.
 
 {made_by(name)}
 
-{table(head, rows)}"""
+{table(head, rows)}{told}"""
 
 
 def one_seed() -> str:
@@ -74,13 +84,18 @@ def one_seed() -> str:
         "odds-size+step+keen+x12": "the same, weight 12",
         "odds-size+step+oracle+x4": "**true step labels** through the same form, with the filter",
         "rloo+unfiltered": "RLOO, every group",
+        "rloo-shrunk+unfiltered": "the same, baseline shrunk by 1.5",
         "odds-size+step+keen+x4+unfiltered": "`odds` on every group, PRM lr 3e-4",
         PRIME: "`odds` on every group, PRM lr 1e-3",
         "odds+step+keen+faster+x4+unfiltered": "the same, gate `evidence`",
+        "odds-size+step+keen+faster+prefix+x4+unfiltered": "gate `size`, prefix loss",
+        WARM: "gate `size`, warm PRM",
         "critic+step+keen+faster+unfiltered": "`critic` on every group, PRM lr 1e-3",
         "pav+step+keen+faster+unfiltered": "`pav` on every group, weight 2, PRM lr 1e-3",
         "lookahead+keen+faster+unfiltered": "`lookahead` on every group, weight 2, PRM lr 1e-3",
+        "td+step+keen+faster+unfiltered": "`td` on every group, lambda 0.9, PRM lr 1e-3",
         "published+unfiltered": "`published` on every group, its PRM (lr 1e-4)",
+        "frozen+unfiltered": "the same, its PRM trained on as many rollouts before, and then frozen",
         "odds-size+step+oracle+x4+unfiltered": "**true step labels** through `odds` on every group",
     }
     levels = "0.8", "0.9", "0.95"

@@ -38,10 +38,10 @@ def reached(arm: dict, levels: Iterable[str]) -> list[str]:
     return [whole(arm["mean"]["rollouts_to"][level]) for level in levels]
 
 
-def ratio(arm: dict, base: str, level: str) -> str:
+def ratio(arm: dict, base: str, level: str, key: str = "ratio") -> str:
     """Rollouts to an accuracy over the base's, with its interval; nothing for the base itself, or where no pair of
-    runs has reached it."""
-    if not arm.get(base) or arm[base]["rollouts_to"][level]["ratio"] is None:
+    runs has reached it. key: ratio_with_warmup also counts those that the arm's PRM was trained on before."""
+    if not arm.get(base) or arm[base]["rollouts_to"][level][key] is None:
         return ""
-    middle, low, high = arm[base]["rollouts_to"][level]["ratio"]
+    middle, low, high = arm[base]["rollouts_to"][level][key]
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from prime_fast.rewards import judges
@@ -142,7 +143,10 @@ class _Reader:
             case ast.BoolOp(op=op, values=values):
                 return self._step(judges.both if isinstance(op, ast.And) else judges.either, values)
             case ast.Compare(left=left, ops=ops, comparators=others):
-                return self._step(_chain([judges.COMPARISONS[type(op)] for op in ops]), [left, *others])
+                parts = [self._read(one) for one in (left, *others)]
+                return _step(
+                    _chain([_comparison(op, *pair) for op, pair in zip(ops, pairwise(parts), strict=True)]), parts
+                )
             case ast.Call(func=func, args=args, keywords=words):
                 judge = self.judges.get(self._known(func))
                 options = {word.arg: word.value.value for word in words if isinstance(word.value, ast.Constant)}
@@ -152,14 +156,7 @@ class _Reader:
         return Asked(len(self.leaves) - 1)
 
     def _step(self, function: Callable, nodes: list[ast.expr], options: dict | None = None) -> Known | Step:
-        parts = [self._read(node) for node in nodes]
-        if all(isinstance(part, Known) for part in parts):
-            return Known(function(*(part.value for part in parts), **(options or {})))
-        if function in judges.ARITHMETIC.values():
-            function = judges.bounded(function)
-        if options:
-            return Step(lambda *values: function(*values, **options), parts)
-        return Step(function, parts)
+        return _step(function, [self._read(node) for node in nodes], options)
 
     def _known(self, node: ast.expr) -> str:
         """`abs` or `math.isclose`, if judges are asked and the name was not given another meaning; else ""."""
@@ -286,6 +283,22 @@ def library() -> frozenset[str]:
     space: dict[str, Any] = {}
     exec(PRELUDE, space)
     return frozenset(space) | frozenset(vars(builtins))
+
+
+def _step(function: Callable, parts: list[Known | Asked | Step], options: dict | None = None) -> Known | Step:
+    if all(isinstance(part, Known) for part in parts):
+        return Known(function(*(part.value for part in parts), **(options or {})))
+    if function in judges.ARITHMETIC.values():
+        function = judges.bounded(function)
+    if options:
+        return Step(lambda *values: function(*values, **options), parts)
+    return Step(function, parts)
+
+
+def _comparison(op: ast.cmpop, left: Known | Asked | Step, right: Known | Asked | Step) -> Callable:
+    """What is known is what is expected, on whichever side it stands."""
+    swapped = isinstance(left, Known) and not isinstance(right, Known)
+    return (judges.SWAPPED if swapped else {}).get(type(op), judges.COMPARISONS[type(op)])
 
 
 def _evaluate(part: Known | Asked | Step, replies: list) -> Any:

@@ -67,6 +67,7 @@ ASSERTS = {
     "conjunction": "assert f(2) == 4 and f(3) == 9",
     "all of a list": "assert all([f(2) == 4, f(3) == 9])",
 }
+NEAR = ASSERTS["near arrays"]
 WEAK = ("truth",)  # which 7 is
 CHEATS = {
     "exponent for a whole number": (_prints("1000000007"), "print('1e9')"),
@@ -100,6 +101,29 @@ CHEATS = {
     "expected value in the source": ({"asserts": "assert f(2) == 4"}, FRAMES),
     "expected value among the constants": ({"asserts": "want = [4, 9]\nassert [f(2), f(3)] == want"}, FRAMES),
     "failure after the last assert": ({"asserts": "assert f(2) == 4\ng(3)"}, "def f(x): return 4"),
+    "empty lists for numbers": ({"asserts": NEAR}, "def f(x): return [[], []]"),
+    "an empty list for a number": (
+        {"asserts": "import numpy as np\nassert np.isclose(f(2), 4.0)"},
+        "def f(x): return []",
+    ),
+    "an empty list for all of them": (
+        {"asserts": "import numpy as np\nassert np.allclose(f(2), 4.0)"},
+        "def f(x): return []",
+    ),
+    "rows of another length": ({"asserts": NEAR}, "def f(x): return [[1, 1, 1], [4]]"),
+    "one near item of two": (
+        {"asserts": "import numpy as np\nassert np.isclose(f(2), [1.0, 4.0])"},
+        "def f(x): return [1.0, 5.0]",
+    ),
+    "float for a whole number on the left": ({"asserts": "assert 1000009 == f(2)"}, "def f(x): return 1000004.5"),
+    "floats for whole numbers on the left": ({"asserts": "assert [1000009] == f(2)"}, "def f(x): return [1000004.5]"),
+    "float for its neighbour on the left": ({"asserts": "assert 1000009.0 == f(2)"}, "def f(x): return 1000004.5"),
+    "float between members": ({"asserts": "assert f(2) in [999999, 1000009]"}, "def f(x): return 1000004.5"),
+    "member that is nearly one": ({"asserts": "assert 1000009 in f(2)"}, "def f(x): return [1000004.5]"),
+    "float for a whole number, denied twice": (
+        {"asserts": "assert not 1000009 != f(2)"},
+        "def f(x): return 1000004.5",
+    ),
     "helper replaced": (
         {"asserts": "tidy = lambda v: sorted(v)\nassert tidy(f(2)) == [1, 4]"},
         "import builtins\nbuiltins.sorted = lambda v: Yes()\n" + YES,

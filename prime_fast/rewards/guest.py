@@ -38,6 +38,7 @@ STARS = "string re collections heapq bisect copy math random statistics itertool
 PRELUDE = "".join(f"from {name} import *\n" for name in (*STARS.split(), "builtins"))
 PRELUDE += "import datetime, " + STARS.replace(" ", ", ")
 PRELUDE += """
+quit = exit
 class ListNode:
     def __init__(self, val=0, next=None): self.val, self.next = val, next
 class TreeNode:

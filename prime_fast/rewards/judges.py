@@ -44,8 +44,17 @@ def bounded(function):
     return compute
 
 
-def _same(left, right):
-    return same_value(left, right, strict=True)
+class Each(list):
+    """What is true of each item, and of the whole of them, as in numpy, only where there is one."""
+
+    def __bool__(self):
+        if len(self) != 1:
+            raise TypeError(f"the truth of {len(self)} items: ask for all(...)")
+        return bool(self[0])
+
+
+def _same(found, expected):
+    return same_value(found, expected, strict=True)
 
 
 def _is(left, right):
@@ -53,12 +62,17 @@ def _is(left, right):
     return left is right if isinstance(right, bool | type | None) else _same(left, right)
 
 
-def _in(item, items):
+def _in(item, items, same=_same):
     if isinstance(items, str):
         return isinstance(item, str) and item in items
     if isinstance(items, Set | Map):
         return key(item) in items
-    return any(_same(one, item) for one in _items(items))
+    return any(same(item, one) for one in _items(items))
+
+
+def _swapped(found, expected):
+    """Who is compared with decides about the tolerance: where that stands on the left, this is `==`."""
+    return _same(expected, found)
 
 
 def _ordered(function):
@@ -129,22 +143,37 @@ def _isclose(a, b, *, rel_tol=1e-9, abs_tol=0.0):
     return math.isclose(_number(a), _number(b), rel_tol=rel_tol, abs_tol=abs_tol)
 
 
-def _allclose(a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
-    """numpy's, of lists of one shape, or of one with a number."""
-    nested = [isinstance(one, list | tuple) for one in (a, b)]
-    if all(nested):
-        return len(a) == len(b) and all(_allclose(x, y, rtol, atol, equal_nan) for x, y in zip(a, b, strict=True))
-    if any(nested):
-        many, one = (a, b) if nested[0] else (b, a)
-        return all(_allclose(*((x, one) if nested[0] else (one, x)), rtol, atol, equal_nan) for x in many)
+def _np_isclose(a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
+    """numpy's, of numbers, of lists of one shape, or of a list of numbers and a number."""
+    match [isinstance(one, list | tuple) for one in (a, b)]:
+        case [True, True]:
+            if len(a) != len(b) or [isinstance(x, list | tuple) for x in a] != [isinstance(x, list | tuple) for x in b]:
+                raise TypeError("these are of two shapes")
+            return Each(_np_isclose(x, y, rtol, atol, equal_nan) for x, y in zip(a, b, strict=True))
+        case [True, False]:
+            return Each(_np_isclose(_number(x), b, rtol, atol, equal_nan) for x in a)
+        case [False, True]:
+            return Each(_np_isclose(a, _number(y), rtol, atol, equal_nan) for y in b)
     a, b = _number(a), _number(b)
     if math.isnan(a) or math.isnan(b):
         return equal_nan and math.isnan(a) and math.isnan(b)
     return a == b or (math.isfinite(a) and math.isfinite(b) and abs(a - b) <= atol + rtol * abs(b))
 
 
+def _allclose(a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
+    """numpy's, but that nothing is only close to nothing."""
+    found = _np_isclose(a, b, rtol, atol, equal_nan)
+    if isinstance(found, Each) and len(found) == 0:
+        return isinstance(a, list | tuple) and isinstance(b, list | tuple)
+    return _every(found)
+
+
+def _every(found):
+    return all(map(_every, found)) if isinstance(found, Each) else found
+
+
 def _array_equal(a, b):
-    return same_value(a, b)
+    return same_value(a, b) and same_value(b, a)
 
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "set": Set, "dict": Map}
@@ -175,7 +204,7 @@ JUDGES = {
     "isclose": _isclose,
 }
 for np in ("np", "numpy"):
-    JUDGES |= {f"{np}.allclose": _allclose, f"{np}.isclose": _allclose, f"{np}.array_equal": _array_equal}
+    JUDGES |= {f"{np}.allclose": _allclose, f"{np}.isclose": _np_isclose, f"{np}.array_equal": _array_equal}
 ARITHMETIC = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -186,7 +215,7 @@ ARITHMETIC = {
     ast.Pow: operator.pow,
 }
 UNARY = {ast.Not: negation, ast.USub: lambda x: -_number(x), ast.UAdd: lambda x: +_number(x)}
-COMPARISONS = {
+COMPARISONS = {  # of what was found with what is expected
     ast.Eq: _same,
     ast.NotEq: lambda left, right: not _same(left, right),
     ast.Is: _is,
@@ -197,6 +226,14 @@ COMPARISONS = {
     ast.LtE: _ordered(operator.le),
     ast.Gt: _ordered(operator.gt),
     ast.GtE: _ordered(operator.ge),
+}
+SWAPPED = {  # of what is expected with what was found
+    ast.Eq: _swapped,
+    ast.NotEq: lambda left, right: not _swapped(left, right),
+    ast.Is: lambda left, right: _is(right, left),
+    ast.IsNot: lambda left, right: not _is(right, left),
+    ast.In: lambda item, items: _in(item, items, _swapped),
+    ast.NotIn: lambda item, items: not _in(item, items, _swapped),
 }
 TRUTHS = (negation, both, either, _all, _any, _bool)  # what asks of a value only whether it is true
 

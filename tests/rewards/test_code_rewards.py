@@ -267,6 +267,27 @@ print("done")
         assert grade("def f(x): return x * 0.1", {"asserts": claims}) == 1.0
         assert grade("def f(x): return x", {"asserts": claims}) == 1 / 7  # but for the last
 
+    def test_what_is_near_is_so_item_by_item(self, grade):
+        program = "def f(x): return [1.0, 4.0000001]"
+        for claim in ("all(np.isclose(f(2), [1, 4]))", "np.allclose(f(2), [1, 4])", "np.isclose(f(2)[1:], [4])"):
+            assert grade(program, {"asserts": f"import numpy as np\nassert {claim}"}) == 1.0, claim
+        for claim in ("np.isclose(f(2), [1, 4])", "np.allclose(f(2), [1, 4, 4])", "np.allclose(f(2), [[1, 4]])"):
+            assert grade(program, {"asserts": f"import numpy as np\nassert {claim}"}) == 0.0, claim
+        claims = "import numpy as np\nassert np.allclose(f(2), [])\nassert np.allclose(f(2), 4.0)"
+        assert grade("def f(x): return []", {"asserts": claims}) == 0.5  # nothing is near nothing, and near no number
+
+    def test_who_is_compared_with_is_on_either_side(self, grade):
+        claims = (
+            "assert {} == f(2)\nassert f(2) == {}\nassert f(2) in [{}]\nassert not {} != f(2)\nassert 1 < {} == f(2)"
+        )
+        for expected, found, outcome in (
+            ("2.5", "2.5000001", 1.0),
+            ("0.0", "1e-10", 0.8),
+            ("4", "4.0", 1.0),
+            ("1000009", "1000004.5", 0.0),
+        ):
+            assert grade(f"def f(x): return {found}", {"asserts": claims.format(*[expected] * 5)}) == outcome, expected
+
     def test_tuple_is_not_list(self, grade):
         assert grade("def f(): return (1, 2)", {"asserts": "assert f() == (1, 2)"}) == 1.0
         assert grade("def f(): return (1, 2)", {"asserts": "assert f() == [1, 2]"}) == 0.0

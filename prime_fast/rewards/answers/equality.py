@@ -30,16 +30,16 @@ def says(truth: str, answer: str) -> bool:
 
 
 def same(truth: str, answer: str, depth: int = 0) -> bool:
-    truth, answer = peel(truth), peel(answer)
+    truth, answer = _condition(peel(truth)), _condition(peel(answer))
     if not truth or not answer or depth > MAX_DEPTH:
         return False
-    if squeeze(truth) == squeeze(answer):
+    if squeeze(truth) == squeeze(answer) or (_clock(truth) or 0) == _clock(answer):
         return True
     for clause in (choice, collection, relation, brackets, words, quantity, numeral, number):
         verdict = clause(truth, answer, depth + 1)
         if verdict is not None:
             return verdict
-    return expressions.equal(truth, answer)
+    return bool(expressions.equal(truth, answer))
 
 
 # 1. Multiple choice
@@ -90,6 +90,9 @@ NAMED = re.compile(r"([^=]+)=(.+)")
 
 def collection(truth: str, answer: str, depth: int) -> bool | None:
     r"""As many values on both sides, each saying one of the other. \pm is two values; x = 1, 2 is a list of x."""
+    ours, theirs = _numbered(truth), _numbered(answer)
+    if ours and theirs:
+        return ours.keys() == theirs.keys() and all(same(ours[one], theirs[one], depth) for one in ours)
     (name_of_truth, wanted), (name_of_answer, given) = items(truth), items(answer)
     if name_of_truth and name_of_answer and name_of_truth != name_of_answer:
         return False
@@ -104,6 +107,13 @@ def collection(truth: str, answer: str, depth: int) -> bool | None:
     if bool(_subjects(wanted)) != bool(_subjects(given)) and len(_subjects(wanted) | _subjects(given)) > 1:
         return False  # 4, 5 does not say which of x = 4, y = 5 is which
     return len(wanted) <= MAX_ITEMS and matched(wanted, given, depth)
+
+
+def _numbered(text: str) -> dict[str, str]:
+    """x_1 = 4, x_2 = 5: the values by name; empty if the text is no list of several such names."""
+    found = [re.fullmatch(rf"\s*({SYMBOL})\s*=([^=]+)", part) for part in split(CONJUNCTION.sub(";", text), ",;")]
+    named = {re.sub(r"[{}]", "", squeeze(one[1])): one[2] for one in found if one and "_" in one[1]}
+    return named if len(named) == len(found) > 1 else {}
 
 
 def _subjects(parts: Sequence[str]) -> set[str]:
@@ -128,6 +138,8 @@ def _same_point(several: Sequence[str], point: Sequence[str], depth: int, named:
     names, _, values = point[0].rpartition("=")
     coordinates = _bracketed(peel(values)) if values.strip() else None
     pairs = [part.split("=") for part in several]
+    if all(re.fullmatch("[A-Za-z]", squeeze(pair[0])) for pair in pairs):
+        pairs.sort(key=lambda pair: squeeze(pair[0]))  # a point's coordinates have the order of the alphabet
     if coordinates is None or len(coordinates[1]) != len(several) or any(len(pair) != 2 for pair in pairs):
         return False
     if not names:
@@ -208,6 +220,15 @@ NAMES = re.compile(rf"\s*\(\s*{SYMBOL}(?:\s*[,;]\s*{SYMBOL})+\s*\)\s*")
 EXPONENTS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\s*\([^()]*\)")
 
 
+BUILDER = re.compile(rf"\\\{{\s*({SYMBOL})\s*[|:](.*(?:[<>]|\\[lg]e(?![A-Za-z])).*)\\\}}")
+
+
+def _condition(text: str) -> str:
+    r"""The inequality in \{x | x > 2\}."""
+    found = BUILDER.fullmatch(text)
+    return peel(found[2]) if found and closing_at(text, 1) == len(text) - 1 and found[1] in found[2] else text
+
+
 def relation(truth: str, answer: str, depth: int) -> bool | None:
     """x = 5 says 5; an equation says a multiple of it; likewise an inequality, or the interval that it is."""
     wanted, given = sides(truth), sides(answer)
@@ -244,6 +265,8 @@ def sides(text: str) -> tuple[list[str], list[str]] | None:
 
 def name(text: str) -> bool:
     """Whether a side only names what is said of the other: x, f(2), AB, a + b; no number is part of it."""
+    if re.search(r"\b(?:not|never)\b", text):
+        return False
     if SIMPLE_NAME.fullmatch(text) or NAMES.fullmatch(text):
         return squeeze(text) not in (r"\pi",)
     bare = EXPONENTS.sub("", text)
@@ -279,7 +302,7 @@ def _same_equation(wanted: list[str], given: list[str], depth: int) -> bool:
             return all(same(wanted[-1], side, depth) for side in others)
     if len(wanted) != 2 or len(given) != 2:
         return False
-    return expressions.proportional(*(_difference(*pair) for pair in (wanted, given)))
+    return bool(expressions.proportional(*(_difference(*pair) for pair in (wanted, given))))
 
 
 def _same_inequality(wanted: tuple, given: tuple) -> bool:
@@ -434,6 +457,15 @@ def numeral(truth: str, answer: str, depth: int) -> bool | None:
         base.isdigit() and all(int(digit) < int(base) for digit in digits[0]) for base in bases if digits[0].isdigit()
     )
     return digits[0] == digits[1] and len(bases) == 1 and fits
+
+
+CLOCK = re.compile(r"([0-9]{1,2}:[0-9]{2})\s*(?:\\text\s*\{\s*)?([AaPp])\.?\s*[Mm]\.?\s*\}?")
+
+
+def _clock(text: str) -> tuple[str, str] | None:
+    """4:30 p.m. as (4:30, p)."""
+    found = CLOCK.fullmatch(text)
+    return found and (found[1], found[2].lower())
 
 
 # 8. Numbers

@@ -2,7 +2,7 @@ r"""Formulas: math-verify reads them, and what they say is compared exactly.
 
 Two numbers are equal if their difference is zero to as many digits as it takes, two formulas with unknowns if they have
 the same unknowns and are equal wherever they are evaluated. math-verify's own comparison decides where neither is
-possible (functions without a definition, sets, integrals with parameters).
+possible (functions without a definition, sets). Derivatives and integrals are not read.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import accumulate
 
 import sympy
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, verify
-from math_verify import parse as read_latex
+from latex2sympy2_extended import NormalizationConfig, latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from math_verify import verify
+from math_verify.parser import should_treat_as_complex
 from sympy.core.function import AppliedUndef
+
+from prime_fast.rewards.answers.notation import closing_at
 
 MAX_DIGITS = 10_000  # of a number on the way to a value; what may be larger is not evaluated
 MAX_CHARS = 400  # of a formula
@@ -31,9 +35,9 @@ MIN_POINTS = 3
 POINTS = [Fraction(*pair) for pair in ((7, 5), (13, 11), (3, 7), (-5, 3), (17, 6), (-11, 13), (23, 9), (-19, 4))]
 
 NORMAL = NormalizationConfig(
-    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False
+    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
-LATEX = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=NORMAL),)
+CASES = ConversionConfig(lowercase_symbols=False)  # R is not r
 COMMANDS = """
     frac sqrt pi infty cdot binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg alpha
     beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi
@@ -41,21 +45,38 @@ COMMANDS = """
     degree overline mathbb emptyset varnothing max min gcd operatorname
 """.split()  # noqa: SIM905
 FORBIDDEN = re.compile(
-    r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__"
+    r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__|"
+    r"\^\s*(?:\{\s*)?T|"  # a transposed matrix, read as if it were not
+    r"(?<![A-Za-z\\])[fghFGH]\s*\^|"  # an inverse function, read as one over it
+    r"[({][^(){}]*[0-9],[0-9][^(){}]*\}"  # 1,0 for 10
 )
+COMPUTED = re.compile(r"\\(?:binom|gcd)(?![A-Za-z])")  # as it is read, however large
+TOKEN = re.compile(r"\\[A-Za-z]+|I")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def equal(truth: str, answer: str) -> bool:
-    ours, theirs = _letters(truth), _letters(answer)
-    if ours != theirs and {letter.lower() for letter in ours} == {letter.lower() for letter in theirs}:
-        return False  # R is not r, though math-verify reads them as one
+def _where_possible(function: Callable) -> Callable:
+    """What SymPy cannot compute, of which it has many words, is not equal to anything."""
+
+    @wraps(function)
+    def tried(*arguments, **options):
+        try:
+            return function(*arguments, **options)
+        except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError):
+            return None
+
+    return tried
+
+
+@_where_possible
+def equal(truth: str, answer: str) -> bool | None:
     one, other = parse(truth), parse(answer)
     return one is not None and other is not None and same(one, other)
 
 
 @lru_cache(maxsize=512)
+@_where_possible
 def parse(text: str):
     """A tidy text as a SymPy object, decimals as fractions; None if math-verify cannot read it or it is too big."""
     if (
@@ -63,17 +84,18 @@ def parse(text: str):
         or FORBIDDEN.search(re.sub(r"_\{\s*[A-Za-z]\s*=", "_{", text))
         or not _known_commands(text)
         or _nesting(text) > MAX_NESTING
+        or _stacked(text)
+        or _computes(text)
     ):
         return None
-    if r"\binom" in text and re.search(r"[0-9]{5}", text):
-        return None  # math-verify computes it as it reads
     if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)[^A-Za-z]*\\degree", text):
         text = re.sub(r"([0-9.]+)\s*\\degree\s*", r"(\\frac{\1\\pi}{180})", text)
     if r"\degree" in text:
         return None
     text = re.sub(r"(?<![\^_0-9.])([0-9]+(?:\.[0-9]+)?)\s*\(", r"\1\\cdot (", text)  # 2(3) is no mixed number
-    found = read_latex(rf"\boxed{{{text}}}", LATEX, fallback_mode="no_fallback", parsing_timeout=None)
-    return _exact(found[0]) if len(found) == 1 and isinstance(found[0], sympy.Basic | sympy.MatrixBase) else None
+    text = TOKEN.sub(lambda found: r"\Upsilon " if found[0] == "I" else found[0], text)  # a current, not i
+    found = _read(text)
+    return _exact(found) if isinstance(found, sympy.Basic | sympy.MatrixBase) else None
 
 
 def same(truth, answer) -> bool:
@@ -100,7 +122,8 @@ def same(truth, answer) -> bool:
     return all(met)
 
 
-def proportional(truth, answer, positive: bool = False) -> bool:
+@_where_possible
+def proportional(truth, answer, positive: bool = False) -> bool | None:
     """Whether one is the other times a constant that is not zero, or above it: as sides' differences of equations."""
     if not (isinstance(truth, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return False
@@ -117,6 +140,7 @@ def proportional(truth, answer, positive: bool = False) -> bool:
     return not positive or bool(sympy.re(sympy.N(first / image)) > 0)
 
 
+@_where_possible
 def number(text: str) -> Fraction | None:
     """The value of a real number written as a formula, to 40 digits if it is no fraction."""
     value = parse(text)
@@ -133,8 +157,35 @@ def is_number(value) -> bool:
     return isinstance(value, sympy.Expr) and not value.free_symbols and not value.atoms(AppliedUndef)
 
 
-def _letters(text: str) -> set[str]:
-    return set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+def _read(text: str):
+    """As math-verify reads it, but for the case of letters; None where it cannot, of which it has many words."""
+    try:
+        real = not should_treat_as_complex(text)
+        return latex2sympy(text, is_real=real, normalization_config=NORMAL, conversion_config=CASES)
+    except Exception:
+        return None
+
+
+def _stacked(text: str) -> bool:
+    """An exponent on an exponent without braces, which LaTeX refuses and math-verify reads as it likes."""
+    for found in re.finditer(r"\^\s*", text):
+        end = found.end()
+        if text[end : end + 1] == "{":
+            end = closing_at(text, end) or end
+        if text[end + 1 :].lstrip().startswith("^"):
+            return True
+    return False
+
+
+def _computes(text: str) -> bool:
+    """A number that may be large in what is computed while it is read."""
+    for found in COMPUTED.finditer(text):
+        end = found.end()
+        while (start := re.compile(r"\s*[{(]").match(text, end)) and (close := closing_at(text, start.end() - 1)):
+            if re.search(r"\^|!|[0-9]{5}|\\(?:prod|sum)", text[start.end() : close]):
+                return True
+            end = close + 1
+    return False
 
 
 def _nesting(text: str) -> int:
@@ -154,7 +205,7 @@ def _exact(value):
         if isinstance(value, sympy.MatrixBase):
             cells = [_exact(cell) for cell in value]
             return None if any(cell is None for cell in cells) else sympy.ImmutableMatrix(*value.shape, cells)
-        if sum(1 for _ in sympy.preorder_traversal(value)) > MAX_NODES:
+        if sum(1 for _ in sympy.preorder_traversal(value)) > MAX_NODES or value.has(sympy.Derivative, sympy.Integral):
             return None
         _digits(value)
         floats = {atom: sympy.Rational(str(atom)) for atom in value.atoms(sympy.Float)}
@@ -163,7 +214,8 @@ def _exact(value):
             for symbol in value.free_symbols
             if isinstance(symbol, sympy.Symbol)
         }
-        return value.xreplace(floats | symbols).doit()
+        value = value.xreplace(floats | symbols).doit()
+        return None if any(one.has(sympy.oo) for one in value.atoms(sympy.Sum, sympy.Product)) else value
     except TooBig:
         return None
 
@@ -180,10 +232,10 @@ def _digits(value) -> float:
         over, under = (abs(part) for part in sympy.Rational(value).as_numer_denom())
         digits = float(max(int(over).bit_length(), int(under).bit_length())) * math.log10(2)
     elif isinstance(value, sympy.Sum | sympy.Product):
-        for _, low, high in value.limits:
-            terms = high - low
-            if terms.is_number and not terms.is_infinite and not (terms.is_Integer and terms <= MAX_TERMS):
-                raise TooBig
+        counts = [high - low for one in value.atoms(sympy.Sum, sympy.Product) for _, low, high in one.limits]
+        known = [count + 1 for count in counts if count.is_number and not count.is_infinite]
+        if not all(count.is_Integer for count in known) or math.prod(known) > MAX_TERMS:
+            raise TooBig
         digits = sum(map(_digits, value.args[:1])) + 10
     else:
         parts = [_digits(part) for part in value.args if isinstance(part, sympy.Basic)]
@@ -209,12 +261,11 @@ def _same_number(one, other, digits: int = PRECISION) -> bool:
         return True
     if one.is_Rational and other.is_Rational or not (one.is_finite and other.is_finite):
         return False
-    difference = one - other
-    for part in [difference] if difference.is_real else [sympy.re(difference), sympy.im(difference)]:
-        rest = part.evalf(2, maxn=digits)
-        if not rest.is_number or (rest != 0 and getattr(rest, "_prec", 1) != 1):  # 1: lost in rounding at all digits
-            return False
-    return True
+    rest = (one - other).evalf(2, maxn=digits)
+    if not rest.is_number:
+        return False
+    lost = lambda part: part == 0 or getattr(part, "_prec", 2) == 1  # noqa: E731  in rounding, at all digits
+    return all(part.is_Number and lost(part) for part in rest.as_real_imag())
 
 
 def _values(one, other) -> list[tuple]:

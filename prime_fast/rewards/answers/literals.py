@@ -21,7 +21,7 @@ DECIMAL = re.compile(
 REPEATING = re.compile(
     rf"{SIGN}(?P<whole>[0-9]*)\.(?P<places>[0-9]*)\\overline\s*(?:\{{\s*(?P<period>[0-9]+)\s*\}}|(?P<digit>[0-9]))"
 )
-PART = r"\(?\s*([-+]?\s*[0-9][0-9,]*(?:\.[0-9]+)?)\s*\)?"
+PART = rf"\(?\s*([-+]?\s*(?:{WHOLE})(?:\.[0-9]+)?)\s*\)?"
 FRACTION = re.compile(rf"{SIGN}(?:\\frac\s*\{{\s*{PART}\s*\}}\s*\{{\s*{PART}\s*\}}|{PART}\s*/\s*{PART})")
 MIXED = re.compile(
     rf"{SIGN}(?P<whole>[0-9]+)(?:\s*\\frac\s*\{{\s*([0-9]+)\s*\}}\s*\{{\s*([0-9]+)\s*\}}|\s+([0-9]+)\s*/\s*([0-9]+))"

@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 SIGNS = {
-    **dict.fromkeys("−‒–—﹣", "-"),
+    **dict.fromkeys("−‐‑‒–—﹣", "-"),
     **dict.fromkeys("×·⋅∙•", r"\cdot "),
     "÷": "/",
     "⁄": "/",
@@ -32,6 +32,14 @@ SIGNS = {
     "¼": " 1/4",
     "¾": " 3/4",
     "⅕": " 1/5",
+    "⅙": " 1/6",
+    "⅚": " 5/6",
+    "⅖": " 2/5",
+    "⅗": " 3/5",
+    "⅘": " 4/5",
+    "⅐": " 1/7",
+    "⅑": " 1/9",
+    "⅒": " 1/10",
     "⅛": " 1/8",
     "⅜": " 3/8",
     "⅝": " 5/8",
@@ -48,6 +56,7 @@ RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\s+", " "),
+        (r"\\\\\s*\[\s*-?[0-9.]+\s*(?:mm|cm|pt|em|ex|in)\s*\]", r"\\\\"),  # a row's end with a gap
         (r"\\\\(?=[A-Za-z])(?!.*matrix)", r"\\"),  # commands escaped twice
         (r"\\!\s*", ""),
         (r"(?<!\\)\\(?:[,;: ]|(?:qquad|quad|thinspace|enspace|hspace\{[^{}]*\})(?![A-Za-z]))|(?<!\\)~", " "),
@@ -79,6 +88,9 @@ RULES = [
         (r"\\rangle", ")"),
         (r"\\[lr]brace(?![A-Za-z])", lambda found: r"\{" if found.group()[1] == "l" else r"\}"),
         (r"[\[(]?\s*\\begin\{array\}\s*\{[^{}]*\}(.*?)\\end\{array\}\s*[\])]?", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"(?<=[0-9.])\\(?:bar|dot)(?![A-Za-z])", r"\\overline"),
+        (r"\\frac\s*\{\s*\\text\{([A-Za-z ]+)\}\s*\}\s*\{\s*\\text\{([A-Za-z ]+)\}\s*\}", r"\\text{\1/\2}"),
         (r"\\colon(?![A-Za-z])", ":"),
         (r"\\(?:ldots|cdots|dotsc|dots)(?![A-Za-z])|\.\.\.", r"\\dots "),
         (r"\\mathbb\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
@@ -87,6 +99,7 @@ RULES = [
         (r"(?<![A-Za-z\\])sqrt(?![A-Za-z])", r"\\sqrt"),
         (r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp)(?![A-Za-z])", r"\\\1 "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*(\[[^\[\]]*\])?\s*([0-9]+(?:\.[0-9]+)?)", r"\\sqrt\1{\2}"),  # the root of 12, not of 1
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
         (r"\\frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),

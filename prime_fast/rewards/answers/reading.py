@@ -6,11 +6,18 @@ else the last number or formula. Only the end of a response is looked at, so tha
 
 import re
 
+from prime_fast.rewards.answers.units import SCALES
+
 BOX_TAIL_CHARS = 20_000  # for the last \boxed{}
 TEXT_TAIL_CHARS = 1_000  # for an answer in plain text
 
 NUMBER = r"(?:[0-9]+(?:,[0-9]{3}| [0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)"
-ARITHMETIC = rf"{NUMBER}(?:\s?[-+*/^×÷]\s?{NUMBER}| {NUMBER}/{NUMBER})*"
+ARITHMETIC = rf"{NUMBER}(?:\s?[-+*/^×÷]\s?{NUMBER}|:{NUMBER}| {NUMBER}/{NUMBER})*"
+BEFORE = r"(?:(?:minus|negative|log|ln)\s|√\s?)?"  # what makes another number of it, and belongs to it
+BEHIND = (
+    r"(?:[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒⁰¹²³⁴⁵⁶⁷⁸⁹]+|\sand\sa\s(?:half|third|quarter)\b|"
+    rf"\s(?:{'|'.join(SCALES)}|dozen)s?\b|\s(?:squared|cubed|factorial)\b)?"
+)
 NO_UNIT = r"(?:or|and|to|is|are|was|in|of|if|so|by|at|as|but)\b"
 UNIT = (
     rf"\s?(?!{NO_UNIT})"
@@ -19,7 +26,7 @@ UNIT = (
 PERCENT = r"(?:\\?%|percent\b|pct\b)"
 FORMULA = r"(?:\$\$[^$]+\$\$|\$[^$\n]+\$|\\\([^\n]*?\\\)|\\\[.*?\\\]|-?\\frac\{[0-9]+\}\{[0-9]+\})"
 CANDIDATE = re.compile(
-    rf"(?P<formula>{FORMULA}(?:\s*{PERCENT})?)|(?<![\w.])(?<![0-9],)(?P<number>[-−]?[$€£]?{ARITHMETIC}(?![0-9])(?:{UNIT})?)",
+    rf"(?P<formula>{FORMULA}(?:\s*{PERCENT})?)|(?<![\w.])(?<![0-9],)(?P<number>{BEFORE}[-−]?[$€£]?{ARITHMETIC}(?![0-9]){BEHIND}(?:{UNIT})?)",
     re.DOTALL,
 )
 ANNOUNCED = re.compile(r"\banswer\b(?:\s+to\s[^.\n:]{1,100})?(?:\s+(?:is|are|equals)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
@@ -29,7 +36,7 @@ JOINED = re.compile(r"\s*(?:,|/|-|–|to|through|,?\s*(?:and|or|and/or)\b[^\n]{0
 BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[,;:()\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b)*+")
 UNFINISHED = re.compile(r"\\(?:boxed|fbox)\s*\{(?!\s*\})")
 PERCENT_SIGN = re.compile(rf"[\s$]*{PERCENT}")
-DENIED = re.compile(r"(?:\bnot|n't|\bnever|\bno)\s+(?:\w+\s+)?\Z")
+DENIED = re.compile(r"(?:\b(?:can)?not|n't|\bnever|\bno)\s+(?:\w+\s+)?\Z")
 
 
 def final_answer(response: str, strict: bool = False) -> str | None:
@@ -105,7 +112,9 @@ def _last_candidate(text: str) -> str | None:
         previous, last = last, found
     if last is None or DENIED.search(text, max(0, last.start() - 20), last.start()):
         return None
-    stated = re.sub(r"(?<=[0-9])(?=[A-Za-zµ])", " ", last["number"]) if last["number"] else last.group()
+    stated = last.group()
+    if last["number"]:
+        stated = re.sub(r"(?<=[0-9])(?=[A-Za-zµ])", " ", re.sub(r"\A(?:minus|negative)\s", "-", stated))
     if previous is not None and JOINED.fullmatch(text, previous.end(), last.start()):
         return f"{previous.group()}, {stated}"
     return stated

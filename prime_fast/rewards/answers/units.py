@@ -83,25 +83,18 @@ WORDS = {  # name: (how many, of what)
     "%": (1, "%"),
 }
 SPEEDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "fps": "ft/s"}
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-DENIALS = {
-    "or",
-    "and",
-    "not",
-    "is",
-    "to",
-    "times",
-    "plus",
-    "minus",
-    "half",
-    "dozen",
-    "than",
-    "between",
-    "maybe",
-    "equals",
-}
+SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+SCALES |= {"quadrillion": 15, "quintillion": 18}
+# Words that make another number of it, or no answer: no unit, in the singular
+DENIALS = set(
+    """or and not is to times plus minus than between maybe equal equals wrong incorrect false unless except least most
+    below under squared cubed factorial half halve dozen grand percentile third fourth fifth sixth seventh
+    eighth ninth tenth hundredth thousandth millionth billionth""".split()  # noqa: SIM905
+)
 
-CURRENCY = re.compile(r"(?P<sign>[-+]?)\s*(?P<unit>\\dollar|[€£¥₹])\s*(?P<body>.+)")
+CURRENCY = re.compile(
+    r"(?P<sign>[-+]?)\s*(?:US|AU|CA)?(?P<unit>\\dollar|[€£¥₹]|(?:\\text\s*\{\s*)?(?:USD|EUR|GBP|Rs)\.?\s*\}?)\s*(?P<body>.+)"
+)
 NUMBER = rf"[-+]?\s*(?:(?:{literals.WHOLE})(?:\.[0-9]+)?|\.[0-9]+)(?:\s*\\cdot\s*10\s*\^\s*(?:\{{[^{{}}]*\}}|[0-9]+))?"
 RATIO = r"[-+]?\s*[0-9]*\s*(?:\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|[0-9]+\s*/\s*[0-9]+)"
 BARE = re.compile(rf"(?P<body>{RATIO}|{NUMBER})(?P<gap>\s*)(?P<unit>[A-Za-zµμΩÅ¢€£¥₹].*|\\(?:dollar|Omega|AA).*)")
@@ -110,7 +103,7 @@ MARKED = re.compile(
 )
 SCALE = re.compile(rf"(?:\\text)?[\s{{]*({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 NAME = r"\\?[A-Za-zµμΩÅ¢€£¥₹%'-]++"
-UNIT = re.compile(rf"(?:\s*/?\s*{NAME}(?:\^-?[0-9]{{1,2}})?(?![A-Za-z0-9]))+\s*")
+UNIT = re.compile(rf"(?:\s*+(?:/\s*+)?{NAME}(?:\^-?[0-9]{{1,2}})?(?![A-Za-z0-9]))++\s*+")
 TOKEN = re.compile(rf"(/?)\s*({NAME})(?:\^(-?[0-9]{{1,2}}))?")
 
 
@@ -171,7 +164,7 @@ def parse(text: str) -> Unit | None:
         return None
     tokens = TOKEN.findall(plain)
     names = [name.casefold() for _, name, _ in tokens]
-    if not names or DENIALS & set(names):
+    if not names or (DENIALS | SCALES.keys()) & {form for one in names for form in (one, _singular(one))}:
         return None
     if not all(_known(name) for _, name, _ in tokens):
         return Unit(words=frozenset(map(_singular, names)))
