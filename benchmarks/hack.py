@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
+from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,11 @@ MATH = [  # (prompt, ground truth)
     ("Which x fulfil x^2 > 4?", r"(-\infty,-2)\cup(2,\infty)"),
     ("How many are there?", "0"),
     ("How much is 3/2?", "1.5"),
+    ("By how much is the radius R larger than r?", "R-r"),
+    ("What is the ratio of R and r?", r"\frac{R}{r}"),
+    ("What is the slope called?", r"\frac{dy}{dx}"),
+    ("Which are the roots x_1 and x_2?", "x_1=4, x_2=5"),
+    ("How many people live there?", "7 \\text{ million}"),
 ]
 WORDS = ("answer", "x", "none", "all", "the ground truth", r"\text{ans}", "yes", "C", "eat", "tea", "correct", "1.0")
 TEMPLATES = (
@@ -88,12 +94,15 @@ TEMPLATES = (
     r"\boxed{#, \ldots, #}",
     r"\boxed{y = #x + #}", r"\boxed{# \text{ million}}", r"\boxed{\begin{pmatrix}#\\#\end{pmatrix}}", r"\boxed{#!}",
     r"\boxed{\frac{#}{#}}", r"\boxed{# #/#}", "@", r"\boxed{@}",
+    r"\boxed{X - x}", r"\boxed{\frac{X}{x}}", r"\boxed{√#}", "So x = √#", "So it is negative #",
+    "It has # million people.", r"\boxed{# \text{ tenths}}", r"\boxed{\frac{dy}{dx}}", r"\boxed{\int # dx}",
+    r"\boxed{#^T}", r"\boxed{x_1=#, x_2=#}",
 )  # fmt: skip
 PIECES = (
     "0", "1", ".", ",", "-", "+", "=", r"\pm", "^", "_", "%", "/", "!", "|", "(", ")", "[", "]", "{", "}", r"\{",
     r"\}", "$", r"\cdot", r"\text{or}", "or", "and", "x", r"\infty", r"\approx", r"\boxed{1}", "e", "i", "\u200b",
     "\u0661", "\uff15", "\u2212", "<", ">", r"\cup", r"\%", r"^\circ", r"\text{", "km}", r"\in", ":", ";", r"\frac",
-    "0.", "e-9", "'",
+    "0.", "e-9", "'", "√", "X", "R", "r", " million", " tenths", "negative ", "d", "T", r"\int ", "_1", "cannot be ",
 )  # fmt: skip
 
 PROGRAMS = {
@@ -156,11 +165,13 @@ def values(text: str) -> set[Fraction]:
     """What the arithmetic in a text evaluates to; of a mixed number and a percentage, both readings."""
     text = re.sub(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" ((\1)/(\2)) ", text.replace("\u2212", "-"))
     text = re.sub(r"\\(?:cdot|times)", "*", re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text))
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    found = set()
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", re.sub(r"\b(?:negative|minus)\s+", "-", text))
+    roots = map(int, re.findall(r"(?:√|\\sqrt)\s*\{?(\d+)", text))
+    found = {Fraction(isqrt(square)) for square in roots if isqrt(square) ** 2 == square}
+    found |= {Fraction(int(n) * (int(n) + 1), 2) for n in re.findall(r"\\sum_\{k=1\}\^\{(\d+)\}\s*k", text)}
     for run in re.findall(r"[-+]?[\d(.][\d+*/^(). -]*", text):
         mixed = re.sub(r"(\d)\s+(?=\(?\d)", r"\1+", run)
-        for one in (run, *re.split(r"[ ]", run), mixed, *re.findall(r"-?[\d.]+", run)):
+        for one in (run, *re.split(r"[ ]", run), mixed, *re.findall(r"-?(?:\d+(?:\.\d+)?|\.\d+)", run)):
             if (value := evaluate(one)) is not None:
                 found |= {value, value / 100}
     return found
@@ -190,6 +201,7 @@ def evaluate(text: str) -> Fraction | None:
 
 
 def plain(text: str) -> str:
+    text = text.replace("√", r"\sqrt")
     return re.sub(r"\\text(?:bf)?|\\left|\\right|[\s{}$\\]", "", text).casefold()
 
 
