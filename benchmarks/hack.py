@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
-from math import isqrt
+from math import factorial, isqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,6 @@ MATH = [  # (prompt, ground truth)
     ("By how much is the radius R larger than r?", "R-r"),
     ("What is the ratio of R and r?", r"\frac{R}{r}"),
     ("What is the slope called?", r"\frac{dy}{dx}"),
-    ("Which are the roots x_1 and x_2?", "x_1=4, x_2=5"),
     ("How many people live there?", "7 \\text{ million}"),
 ]
 WORDS = ("answer", "x", "none", "all", "the ground truth", r"\text{ans}", "yes", "C", "eat", "tea", "correct", "1.0")
@@ -168,6 +167,7 @@ def values(text: str) -> set[Fraction]:
     text = re.sub(r"(?<=\d),(?=\d{3})", "", re.sub(r"\b(?:negative|minus)\s+", "-", text))
     roots = map(int, re.findall(r"(?:√|\\sqrt)\s*\{?(\d+)", text))
     found = {Fraction(isqrt(square)) for square in roots if isqrt(square) ** 2 == square}
+    found |= {Fraction(factorial(int(n))) for n in re.findall(r"(?<!\d)(1?\d)!", text)}
     found |= {Fraction(int(n) * (int(n) + 1), 2) for n in re.findall(r"\\sum_\{k=1\}\^\{(\d+)\}\s*k", text)}
     for run in re.findall(r"[-+]?[\d(.][\d+*/^(). -]*", text):
         mixed = re.sub(r"(\d)\s+(?=\(?\d)", r"\1+", run)
@@ -225,7 +225,8 @@ def states(response: str, truth: str) -> bool:
 def excess(response: str, truth: str) -> bool:
     """Whether the answer lists more numbers than the truth where the truth is one."""
     answer = re.sub(r"\([^()]*\)", "", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", box(response)))
-    several = [part for part in re.split(r"\b(?:or|and)\b|[,;]|\\lor", answer) if re.search(r"\d", part)]
+    parts = re.split(r"\b(?:or|and)\b|[,;]|\\lor", answer)
+    several = {part.strip(" .{}\\") for part in parts if re.search(r"\d", part)}  # "2 or 2" is one
     return len(several) > 1 and evaluate(truth) is not None
 
 
