@@ -22,7 +22,7 @@ def learning() -> str:
     return f"""
 The quickstart's task. {_compared("learning-chain6.json")}
 
-![held-out accuracy of the three arms, and the PRM's step AUC](../benchmarks/results/cpu/learning-chain6.png)
+![held-out accuracy of the arms, and the PRM's step AUC](../benchmarks/results/cpu/learning-chain6.png)
 
 Two things pay. One is to drop no group; the other is the process reward, against RLOO on every group, too. It costs
 compute: the PRM takes {seconds["prm"] / seconds["policy"]:.1f} times the policy's seconds, and a step
@@ -31,7 +31,7 @@ compute: the PRM takes {seconds["prm"] / seconds["policy"]:.1f} times the policy
 
 
 def _compared(name: str) -> str:
-    """What a study of the three arms says."""
+    """What a study of the arms says."""
     study = load(name)
     arms, level = study["arms"], "0.9"
     head = [
@@ -62,7 +62,7 @@ def _compared(name: str) -> str:
         counted = ratio(arms[WARM], "against_rloo_unfiltered", level, "ratio_with_warmup")
         told = f"""
 
-A warm PRM has been trained before, on {arms[WARM]["mean"]["warmup_rollouts"]:.0f} rollouts of the policy as it starts.
+A warm PRM was trained before, on {arms[WARM]["mean"]["warmup_rollouts"]:.0f} rollouts of the policy as it starts.
 With these counted the ratio over RLOO on every group is {counted}: it pays where a PRM serves more than one run, or
 where rollouts with outcomes are there already."""
     auc = ", ".join(f"{third:.2f}" for third in arms[PRIME]["mean"]["step_auc_by_thirds"])
