@@ -60,11 +60,12 @@ def _compared(name: str) -> str:
     told = ""
     if WARM in arms:
         counted = ratio(arms[WARM], "against_rloo_unfiltered", level, "ratio_with_warmup")
+        sharp = ", ".join(f"{third:.2f}" for third in arms[WARM]["mean"]["step_auc_by_thirds"])
         told = f"""
 
-A warm PRM was trained before, on {arms[WARM]["mean"]["warmup_rollouts"]:.0f} rollouts of the policy as it starts.
-With these counted the ratio over RLOO on every group is {counted}: it pays where a PRM serves more than one run, or
-where rollouts with outcomes are there already."""
+A warm PRM was trained before, on {arms[WARM]["mean"]["warmup_rollouts"]:.0f} rollouts of the policy as it starts; its
+step AUC by thirds of the run is {sharp}. With these rollouts counted the ratio over RLOO on every group is
+{counted}: it pays where a PRM serves more than one run, or where rollouts with outcomes are there already."""
     auc = ", ".join(f"{third:.2f}" for third in arms[PRIME]["mean"]["step_auc_by_thirds"])
     return f"""{len(arms[PRIME]["seeds"])} seeds with an SFT model each, {study["steps"]} steps, greedy accuracy on
 held-out problems, and rollouts until it is reached; ratios with intervals (`95%`) over pairs of one seed. The step AUC
