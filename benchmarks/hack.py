@@ -226,7 +226,7 @@ def excess(response: str, truth: str) -> bool:
     """Whether the answer lists more numbers than the truth where the truth is one."""
     answer = re.sub(r"\([^()]*\)", "", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", box(response)))
     parts = re.split(r"\b(?:or|and)\b|[,;]|\\lor", answer)
-    several = {part.strip(" .{}\\") for part in parts if re.search(r"\d", part)}  # "2 or 2" is one
+    several = {numbers for part in parts if (numbers := tuple(re.findall(r"\d+(?:\.\d+)?", part)))}  # "2 or 2" is one
     return len(several) > 1 and evaluate(truth) is not None
 
 

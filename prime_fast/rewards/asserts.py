@@ -297,8 +297,9 @@ def _step(function: Callable, parts: list[Known | Asked | Step], options: dict |
 
 def _comparison(op: ast.cmpop, left: Known | Asked | Step, right: Known | Asked | Step) -> Callable:
     """What is known is what is expected, on whichever side it stands."""
-    swapped = isinstance(left, Known) and not isinstance(right, Known)
-    return (judges.SWAPPED if swapped else {}).get(type(op), judges.COMPARISONS[type(op)])
+    known = isinstance(left, Known), isinstance(right, Known)
+    usual = judges.COMPARISONS[type(op)]
+    return {(True, False): judges.SWAPPED, (False, False): judges.MIXED}.get(known, {}).get(type(op), usual)
 
 
 def _evaluate(part: Known | Asked | Step, replies: list) -> Any:

@@ -120,6 +120,14 @@ CHEATS = {
     "float for its neighbour on the left": ({"asserts": "assert 1000009.0 == f(2)"}, "def f(x): return 1000004.5"),
     "float between members": ({"asserts": "assert f(2) in [999999, 1000009]"}, "def f(x): return 1000004.5"),
     "member that is nearly one": ({"asserts": "assert 1000009 in f(2)"}, "def f(x): return [1000004.5]"),
+    "float for one of two numbers": (
+        {"asserts": "assert [1000009, f(3)] == [f(2), 5]"},
+        "def f(x): return 1000004.5 if x == 2 else 5",
+    ),
+    "nothing for all that is near": (
+        {"asserts": "import numpy as np\nassert all(np.isclose(f(2), 4.0))"},
+        "def f(x): return []",
+    ),
     "float for a whole number, denied twice": (
         {"asserts": "assert not 1000009 != f(2)"},
         "def f(x): return 1000004.5",

@@ -70,6 +70,11 @@ def _in(item, items, same=_same):
     return any(same(item, one) for one in _items(items))
 
 
+def _either(one, other):
+    """Of two values of the program's, or lists that hold some: exact where either side is."""
+    return _same(one, other) and _same(other, one)
+
+
 def _swapped(found, expected):
     """Who is compared with decides about the tolerance: where that stands on the left, this is `==`."""
     return _same(expected, found)
@@ -144,16 +149,16 @@ def _isclose(a, b, *, rel_tol=1e-9, abs_tol=0.0):
 
 
 def _np_isclose(a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
-    """numpy's, of numbers, of lists of one shape, or of a list of numbers and a number."""
+    """numpy's, of numbers, of lists of one shape, or of a list and a number; an empty list has none to compare with."""
     match [isinstance(one, list | tuple) for one in (a, b)]:
         case [True, True]:
             if len(a) != len(b) or [isinstance(x, list | tuple) for x in a] != [isinstance(x, list | tuple) for x in b]:
                 raise TypeError("these are of two shapes")
             return Each(_np_isclose(x, y, rtol, atol, equal_nan) for x, y in zip(a, b, strict=True))
-        case [True, False]:
-            return Each(_np_isclose(_number(x), b, rtol, atol, equal_nan) for x in a)
-        case [False, True]:
-            return Each(_np_isclose(a, _number(y), rtol, atol, equal_nan) for y in b)
+        case [True, False] if a:
+            return Each(_np_isclose(x, b, rtol, atol, equal_nan) for x in a)
+        case [False, True] if b:
+            return Each(_np_isclose(a, y, rtol, atol, equal_nan) for y in b)
     a, b = _number(a), _number(b)
     if math.isnan(a) or math.isnan(b):
         return equal_nan and math.isnan(a) and math.isnan(b)
@@ -161,15 +166,17 @@ def _np_isclose(a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
 
 
 def _allclose(a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
-    """numpy's, but that nothing is only close to nothing."""
-    found = _np_isclose(a, b, rtol, atol, equal_nan)
-    if isinstance(found, Each) and len(found) == 0:
-        return isinstance(a, list | tuple) and isinstance(b, list | tuple)
-    return _every(found)
+    return _every(_np_isclose(a, b, rtol, atol, equal_nan))
 
 
 def _every(found):
     return all(map(_every, found)) if isinstance(found, Each) else found
+
+
+def _array(items):
+    if not isinstance(items, list | tuple):
+        raise TypeError(f"a {type(items).__name__} is no array here")
+    return items
 
 
 def _array_equal(a, b):
@@ -204,6 +211,10 @@ JUDGES = {
     "isclose": _isclose,
 }
 for np in ("np", "numpy"):
+    JUDGES |= {
+        f"{np}.array": _array,
+        f"{np}.all": lambda items: _every(items) if isinstance(items, Each) else _all(items),
+    }
     JUDGES |= {f"{np}.allclose": _allclose, f"{np}.isclose": _np_isclose, f"{np}.array_equal": _array_equal}
 ARITHMETIC = {
     ast.Add: operator.add,
@@ -235,6 +246,7 @@ SWAPPED = {  # of what is expected with what was found
     ast.In: lambda item, items: _in(item, items, _swapped),
     ast.NotIn: lambda item, items: not _in(item, items, _swapped),
 }
+MIXED = {ast.Eq: _either, ast.NotEq: lambda left, right: not _either(left, right)}
 TRUTHS = (negation, both, either, _all, _any, _bool)  # what asks of a value only whether it is true
 
 

@@ -271,6 +271,8 @@ print("done")
         program = "def f(x): return [1.0, 4.0000001]"
         for claim in ("all(np.isclose(f(2), [1, 4]))", "np.allclose(f(2), [1, 4])", "np.isclose(f(2)[1:], [4])"):
             assert grade(program, {"asserts": f"import numpy as np\nassert {claim}"}) == 1.0, claim
+        for claim in ("np.all(np.isclose(f(2), np.array([1, 4])))", "np.array_equal(f(2)[:1], np.array([1]))"):
+            assert grade(program, {"asserts": f"import numpy as np\nassert {claim}"}) == 1.0, claim
         for claim in ("np.isclose(f(2), [1, 4])", "np.allclose(f(2), [1, 4, 4])", "np.allclose(f(2), [[1, 4]])"):
             assert grade(program, {"asserts": f"import numpy as np\nassert {claim}"}) == 0.0, claim
         claims = "import numpy as np\nassert np.allclose(f(2), [])\nassert np.allclose(f(2), 4.0)"

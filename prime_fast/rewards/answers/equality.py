@@ -220,7 +220,7 @@ NAMES = re.compile(rf"\s*\(\s*{SYMBOL}(?:\s*[,;]\s*{SYMBOL})+\s*\)\s*")
 EXPONENTS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\s*\([^()]*\)")
 
 
-BUILDER = re.compile(rf"\\\{{\s*({SYMBOL})\s*[|:](.*(?:[<>]|\\[lg]e(?![A-Za-z])).*)\\\}}")
+BUILDER = re.compile(rf"\\\{{\s*({SYMBOL})\s*(?:\\in\s*\\mathbb\{{R\}}\s*)?[|:](.*(?:[<>]|\\[lg]e(?![A-Za-z])).*)\\\}}")
 
 
 def _condition(text: str) -> str:
@@ -362,18 +362,21 @@ def _depth(text: str, end: int) -> int:
 def brackets(truth: str, answer: str, depth: int) -> bool | None:
     """The same brackets, and in them as many values, each saying the one at its place."""
     wanted, given = _bracketed(truth), _bracketed(answer)
+    if squeeze(truth) in REALS and squeeze(answer) in REALS:
+        return True
     if wanted is None and given is None:
         return None
     if wanted is None or given is None:
-        return REALS.get(squeeze(truth), 0) == REALS.get(squeeze(answer), 1)
+        return False
     (kind, coordinates), (form, values) = wanted, given
     if len(coordinates) != len(values) or (kind != form and len(values) == 2):
         return False
     return all(same(one, other, depth) for one, other in zip(coordinates, values, strict=True))
 
 
-REALS = dict.fromkeys(
-    (r"(-\infty,\infty)", r"(-\infty,+\infty)", r"\mathbb{R}", r"\text{allrealnumbers}", "allrealnumbers")
+REALS = (
+    *(r"(-\infty,\infty)", r"(-\infty,+\infty)", r"\mathbb{R}", r"\text{allrealnumbers}", "allrealnumbers"),
+    *(r"\text{Allrealnumbers}", "Allrealnumbers", r"\text{allreals}", r"\text{realnumbers}"),
 )
 
 
@@ -389,6 +392,11 @@ def _bracketed(text: str) -> tuple[str, list[str]] | None:
 WORDS = re.compile(r"(?:[A-Za-z]{2,}(?:-[A-Za-z]{2,}|'[A-Za-z]+)*|[A-Za-z](?=\s+[A-Za-z]{2}))(?:\s+[A-Za-z'-]+)*")
 
 
+SHORT_WORDS = frozenset(
+    "ad am an as at be by do go he hi if in is it me my no of oh ok on or ox pm so to up us we".split()  # noqa: SIM905
+)
+
+
 def words(truth: str, answer: str, depth: int) -> bool | None:
     """Words are compared as words, whatever their case; two letters may be a product."""
     wanted, given = (_plain(text) for text in (truth, answer))
@@ -398,8 +406,8 @@ def words(truth: str, answer: str, depth: int) -> bool | None:
 
 
 def _is_product(text: str) -> bool:
-    """Unknowns: a letter alone, or two that are no vowels but a."""
-    return re.fullmatch(r"[A-Za-z]|[a-dk-np-tv-z]{2}", text) is not None
+    """Unknowns: a letter alone, or two that are no word."""
+    return re.fullmatch(r"[A-Za-z]{1,2}", text) is not None and text.casefold() not in SHORT_WORDS
 
 
 def _plain(text: str) -> str:

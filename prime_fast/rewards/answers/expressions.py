@@ -27,8 +27,11 @@ from prime_fast.rewards.answers.notation import closing_at
 MAX_DIGITS = 10_000  # of a number on the way to a value; what may be larger is not evaluated
 MAX_CHARS = 400  # of a formula
 MAX_NODES = 2_000
-MAX_TERMS = 1_000  # of a sum or product
-MAX_NESTING = 12  # of brackets: each level costs the parser some multiple of the one outside
+MAX_TERMS, MAX_UNKNOWN_TERMS = 1_000, 50  # of a sum or product, and of one with unknowns
+MAX_SUMMED_DIGITS = 20_000  # terms times digits
+MAX_DEGREE, MAX_SERIES = 5, 4  # of what is summed to an unknown end; the largest number in an infinite sum
+MAX_SUBSCRIPTS = 40
+MAX_NESTING = 12  # of brackets, and bars: each level costs the parser some multiple of the one outside
 PRECISION = 200  # digits to which the difference of two numbers is followed
 POINT_PRECISION = 30  # and that of formulas at a point
 MIN_POINTS = 3
@@ -42,16 +45,21 @@ COMMANDS = """
     frac sqrt pi infty cdot binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg alpha
     beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi
     chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil rceil begin end sum prod int 
-    degree overline mathbb emptyset varnothing max min gcd operatorname
+    degree overline mathbb emptyset varnothing ell max min gcd operatorname
 """.split()  # noqa: SIM905
 FORBIDDEN = re.compile(
     r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__|"
-    r"\^\s*(?:\{\s*)?T|"  # a transposed matrix, read as if it were not
-    r"(?<![A-Za-z\\])[fghFGH]\s*\^|"  # an inverse function, read as one over it
+    r"(?<![A-Za-z\\])[fghFGH]\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)\s*\(|"  # an inverse function, read as one over it
+    r"\^\s*\{?\s*\(|"  # x^{(1)}, read as x
     r"[({][^(){}]*[0-9],[0-9][^(){}]*\}"  # 1,0 for 10
 )
-COMPUTED = re.compile(r"\\(?:binom|gcd)(?![A-Za-z])")  # as it is read, however large
-TOKEN = re.compile(r"\\[A-Za-z]+|I")
+THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]|\.[0-9])")
+COMPUTED = re.compile(r"\\(?:(?P<binom>binom)|gcd)(?![A-Za-z])")  # as it is read, however large
+SMALL_POWER = re.compile(r"(?<=[A-Za-z])\^(?:[0-9]|\{[0-9]\})(?![0-9^])")
+# A current is not i, ^T no transposition that is dropped, gamma no constant and d no differential: symbols like others,
+# by names that no formula has, as COMMANDS lacks them
+RENAMED = {"I": r"\Upsilon ", "T": r"\Xi ", r"\gamma": r"\varsigma ", r"\Gamma": r"\varpi ", "d": r"\varrho "}
+TOKEN = re.compile(r"\\Gamma(?![A-Za-z])(?!\s*\()|\\[A-Za-z]+|[IT]|d(?![A-Za-z])")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -79,11 +87,14 @@ def equal(truth: str, answer: str) -> bool | None:
 @_where_possible
 def parse(text: str):
     """A tidy text as a SymPy object, decimals as fractions; None if math-verify cannot read it or it is too big."""
+    if "(" not in text:  # where a comma may part arguments
+        text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     if (
         len(text) > MAX_CHARS
         or FORBIDDEN.search(re.sub(r"_\{\s*[A-Za-z]\s*=", "_{", text))
         or not _known_commands(text)
-        or _nesting(text) > MAX_NESTING
+        or max(_nesting(text), text.count("|")) > MAX_NESTING
+        or text.count("_") > MAX_SUBSCRIPTS
         or _stacked(text)
         or _computes(text)
     ):
@@ -93,7 +104,8 @@ def parse(text: str):
     if r"\degree" in text:
         return None
     text = re.sub(r"(?<![\^_0-9.])([0-9]+(?:\.[0-9]+)?)\s*\(", r"\1\\cdot (", text)  # 2(3) is no mixed number
-    text = TOKEN.sub(lambda found: r"\Upsilon " if found[0] == "I" else found[0], text)  # a current, not i
+    if not re.search(r"\\int(?![A-Za-z])|\\frac\s*\{\s*d", text):
+        text = TOKEN.sub(_renamed, text)
     found = _read(text)
     return _exact(found) if isinstance(found, sympy.Basic | sympy.MatrixBase) else None
 
@@ -180,12 +192,25 @@ def _stacked(text: str) -> bool:
 def _computes(text: str) -> bool:
     """A number that may be large in what is computed while it is read."""
     for found in COMPUTED.finditer(text):
-        end = found.end()
-        while (start := re.compile(r"\s*[{(]").match(text, end)) and (close := closing_at(text, start.end() - 1)):
-            if re.search(r"\^|!|[0-9]{5}|\\(?:prod|sum)", text[start.end() : close]):
+        end, parts = found.end(), []
+        for opening in ("{", "{") if found["binom"] else ("(",):
+            start = re.compile(rf"\s*\{opening}").match(text, end)
+            close = start and closing_at(text, start.end() - 1)
+            if not close:
                 return True
+            parts.append(SMALL_POWER.sub("", text[start.end() : close]).strip())
             end = close + 1
+        known = all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts)
+        if not known and any(re.search(r"\^|!|[0-9]{3}|\\(?:prod|sum)", part) for part in parts):
+            return True
+        if not found["binom"] and re.search(r"[A-Za-z]", parts[0]):
+            return True  # of unknowns it is 1
     return False
+
+
+def _renamed(found: re.Match) -> str:
+    plain = found[0] == r"\Gamma" and found.string[found.end() :].lstrip().startswith("(")
+    return found[0] if plain else RENAMED.get(found[0], found[0])
 
 
 def _nesting(text: str) -> int:
@@ -232,11 +257,17 @@ def _digits(value) -> float:
         over, under = (abs(part) for part in sympy.Rational(value).as_numer_denom())
         digits = float(max(int(over).bit_length(), int(under).bit_length())) * math.log10(2)
     elif isinstance(value, sympy.Sum | sympy.Product):
+        digits = _digits(value.function) + 10
         counts = [high - low for one in value.atoms(sympy.Sum, sympy.Product) for _, low, high in one.limits]
-        known = [count + 1 for count in counts if count.is_number and not count.is_infinite]
-        if not all(count.is_Integer for count in known) or math.prod(known) > MAX_TERMS:
+        known = [int(count) + 1 for count in counts if count.is_Integer]
+        terms = math.prod(known)
+        unknown = any(not count.is_number for count in counts)
+        if len(known) < len(counts) and not all(map(_has_closed_form, value.atoms(sympy.Sum, sympy.Product))):
             raise TooBig
-        digits = sum(map(_digits, value.args[:1])) + 10
+        if terms > (MAX_UNKNOWN_TERMS if value.free_symbols and not unknown else MAX_TERMS):
+            raise TooBig
+        if known and terms * digits > MAX_SUMMED_DIGITS:
+            raise TooBig
     else:
         parts = [_digits(part) for part in value.args if isinstance(part, sympy.Basic)]
         digits = sum(parts) or 1.0
@@ -247,6 +278,18 @@ def _digits(value) -> float:
     if digits > MAX_DIGITS:
         raise TooBig
     return digits
+
+
+def _has_closed_form(value) -> bool:
+    """Whether a sum to an end that is unknown or infinite is one that SymPy is quick with."""
+    index, low, high = value.limits[0]
+    if len(value.limits) > 1 or not isinstance(value, sympy.Sum):
+        return False
+    if (high - low).is_Integer:
+        return True
+    if high.is_infinite or low.is_infinite:
+        return max((abs(one) for one in value.function.atoms(sympy.Rational)), default=0) <= MAX_SERIES
+    return bool(value.function.is_polynomial(index)) and sympy.degree(value.function, index) <= MAX_DEGREE
 
 
 def _bound(value, digits: float) -> float:

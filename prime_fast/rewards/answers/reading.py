@@ -13,10 +13,11 @@ TEXT_TAIL_CHARS = 1_000  # for an answer in plain text
 
 NUMBER = r"(?:[0-9]+(?:,[0-9]{3}| [0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)"
 ARITHMETIC = rf"{NUMBER}(?:\s?[-+*/^×÷]\s?{NUMBER}|:{NUMBER}| {NUMBER}/{NUMBER})*"
-BEFORE = r"(?:(?:minus|negative|log|ln)\s|√\s?)?"  # what makes another number of it, and belongs to it
+BEFORE = r"(?:(?:minus|negative|log|ln)\s|(?:[0-9]+(?:\.[0-9]+)?\s?)?√\s?)?"  # what makes another number of it
+PARTS = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?|hundredths?|thousandths?)"
 BEHIND = (
-    r"(?:[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒⁰¹²³⁴⁵⁶⁷⁸⁹]+|\sand\sa\s(?:half|third|quarter)\b|"
-    rf"\s(?:{'|'.join(SCALES)}|dozen)s?\b|\s(?:squared|cubed|factorial)\b)?"
+    rf"(?:\s?[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒]|[⁰¹²³⁴⁵⁶⁷⁸⁹]+|\sand\s(?:an?|one|two|three)[\s-]{PARTS}\b|\s?(?:π|\\pi\b)|"
+    rf"\s?\\sqrt\s*\{{[0-9]+\}}|\s{PARTS}\b|\s(?:{'|'.join(SCALES)}|dozen)s?\b|\s(?:squared|cubed|factorial)\b)?"
 )
 NO_UNIT = r"(?:or|and|to|is|are|was|in|of|if|so|by|at|as|but)\b"
 UNIT = (
@@ -32,11 +33,14 @@ CANDIDATE = re.compile(
 ANNOUNCED = re.compile(r"\banswer\b(?:\s+to\s[^.\n:]{1,100})?(?:\s+(?:is|are|equals)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
 FILLER = re.compile(r"(?:\s|\*\*|:|(?:therefore|thus|hence|simply|just|exactly|equal to|given by)\b)*", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|,\s+(?=(?:because|since|as|which|so|where|with|i)\b)|\*\*", re.IGNORECASE)
-JOINED = re.compile(r"\s*(?:,|/|-|–|to|through|,?\s*(?:and|or|and/or)\b[^\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
+JOINED = re.compile(r"\s*(?:,|;|&|/|-|–|to|through|,?\s*(?:and|or|and/or)\b[^\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
 BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[,;:()\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b)*+")
 UNFINISHED = re.compile(r"\\(?:boxed|fbox)\s*\{(?!\s*\})")
 PERCENT_SIGN = re.compile(rf"[\s$]*{PERCENT}")
-DENIED = re.compile(r"(?:\b(?:can)?not|n't|\bnever|\bno)\s+(?:\w+\s+)?\Z")
+DENIED = re.compile(  # what is said of the number makes another of it, or none
+    r"(?:(?:\b(?:can)?not|n't|\bnever|\bno)\s+(?:\w+\s+)?|(?<![-=])[<>]\s*|[≠≤≥±^]\s*|[0-9]\s+:\s+|"
+    r"\b(?:sin|cos|tan|ln|log(?:_?\w+)?)\s*\(?|\blog\s+of\s+|\b(?:mod|base|over)\s+)\Z"
+)
 
 
 def final_answer(response: str, strict: bool = False) -> str | None:

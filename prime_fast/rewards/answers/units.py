@@ -87,9 +87,13 @@ SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "bil
 SCALES |= {"quadrillion": 15, "quintillion": 18}
 # Words that make another number of it, or no answer: no unit, in the singular
 DENIALS = set(
-    """or and not is to times plus minus than between maybe equal equals wrong incorrect false unless except least most
-    below under squared cubed factorial half halve dozen grand percentile third fourth fifth sixth seventh
-    eighth ninth tenth hundredth thousandth millionth billionth""".split()  # noqa: SIM905
+    """or and not is to times plus minus than between maybe equals unless except least most below under squared cubed
+    factorial half halve dozen percentile""".split()  # noqa: SIM905
+)
+# Likewise where nothing stands behind them that they tell more of, as in "third graders"
+LAST_DENIALS = set(
+    """third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth equal wrong
+    incorrect false grand""".split()  # noqa: SIM905
 )
 
 CURRENCY = re.compile(
@@ -135,7 +139,11 @@ def cut(text: str) -> tuple[str, Unit | None]:
     first, *_ = names = re.findall(r"[^\W\d_]+|\\[A-Za-z]+|[¢€£¥₹]", found["unit"])
     unknown = [name for name in names if not _known(name)]
     glued = not found["gap"] and len(first) == 1 and first.isalpha()
-    if glued or any(len(name) == 1 for name in unknown) or (first in unknown and len(first) == 2):
+    if (
+        glued
+        or any(len(name) == 1 for name in unknown)
+        or (first in unknown and len(first) == 2 and first not in ("sq", "cu"))
+    ):
         return text, None  # 5m may be five times m, and 5 x is
     return _cut_at(text, found["body"].strip(), found["unit"])
 
@@ -164,7 +172,7 @@ def parse(text: str) -> Unit | None:
         return None
     tokens = TOKEN.findall(plain)
     names = [name.casefold() for _, name, _ in tokens]
-    if not names or (DENIALS | SCALES.keys()) & {form for one in names for form in (one, _singular(one))}:
+    if not names or any(map(_denies, names, [*names[1:], ""])):
         return None
     if not all(_known(name) for _, name, _ in tokens):
         return Unit(words=frozenset(map(_singular, names)))
@@ -175,6 +183,13 @@ def parse(text: str) -> Unit | None:
         factor *= Fraction(size) ** exponent
         powers[base] += exponent
     return Unit(factor, frozenset(powers.items()))
+
+
+def _denies(word: str, following: str) -> bool:
+    one = _singular(word)
+    if {word, one} & (DENIALS | SCALES.keys()):
+        return True
+    return one in LAST_DENIALS and (word != one or following in ("", "of", "to", "or"))
 
 
 def _known(name: str) -> tuple[Fraction | int, str] | None:
