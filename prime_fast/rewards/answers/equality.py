@@ -9,8 +9,11 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+import sympy
+
 from prime_fast.rewards.answers import expressions, literals, units
 from prime_fast.rewards.answers.notation import CLOSE, OPEN, closing_at, peel, split, squeeze, tidy
+from prime_fast.rewards.answers.parsing import parse
 
 ANSWER_CHARS = 1_000  # a longer answer is wrong unless it is the ground truth, character by character
 MAX_ITEMS = 50
@@ -272,7 +275,7 @@ def name(text: str) -> bool:
     bare = EXPONENTS.sub("", text)
     if re.search(r"[0-9\[\]{}:]", re.sub(r"\\(?:frac|sqrt)\s*|[{}]", "", bare)) or not re.search(r"[A-Za-z]", bare):
         return False
-    value = expressions.parse(text)
+    value = parse(text)
     return not expressions.is_number(value) if value is not None else r"\pi" not in text
 
 
@@ -332,8 +335,8 @@ def _pairs(parts: list[str], signs: list[str]) -> list[tuple[str, str, str]]:
 
 
 def _difference(one: str, other: str):
-    values = expressions.parse(one), expressions.parse(other)
-    return values[0] - values[1] if all(isinstance(value, expressions.sympy.Expr) for value in values) else None
+    values = parse(one), parse(other)
+    return values[0] - values[1] if all(isinstance(value, sympy.Expr) for value in values) else None
 
 
 def _interval(parts: list[str], signs: list[str]) -> str | None:
