@@ -37,7 +37,7 @@ COMMANDS = """
 FORBIDDEN = re.compile(
     r"[0-9]\s*_|[?@#\"';:=<>~!](?<!!)|[^\x00-\x7f]|\\\\(?!.*matrix)|[0-9]\s+[0-9]|[0-9]\.(?![0-9])|\.\.|__|"
     r"(?<![A-Za-z\\])[fghFGH]\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)\s*\(|"  # an inverse function, read as one over it
-    r"\^\s*\{?\s*\(|"  # x^{(1)}, read as x
+    r"[A-Za-z]\s*\^\s*\{\s*\(\s*[0-9A-Za-z]+\s*\)\s*\}|"  # x^{(1)}, a derivative, read as x
     r"[({][^(){}]*[0-9],[0-9][^(){}]*\}"  # 1,0 for 10
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]|\.[0-9])")
