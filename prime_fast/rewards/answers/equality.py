@@ -395,9 +395,7 @@ def _bracketed(text: str) -> tuple[str, list[str]] | None:
 WORDS = re.compile(r"(?:[A-Za-z]{2,}(?:-[A-Za-z]{2,}|'[A-Za-z]+)*|[A-Za-z](?=\s+[A-Za-z]{2}))(?:\s+[A-Za-z'-]+)*")
 
 
-SHORT_WORDS = frozenset(
-    "ad am an as at be by do go he hi if in is it me my no of oh ok on or ox pm so to up us we".split()  # noqa: SIM905
-)
+PRODUCT = re.compile(r"[A-Za-z]|[a-dk-np-tv-z]{2}|[b-df-hj-np-tv-z]{2}|[a-z][A-Z]|[B-DF-HJ-NP-TV-Z][b-df-hj-np-tv-z]")
 
 
 def words(truth: str, answer: str, depth: int) -> bool | None:
@@ -405,12 +403,14 @@ def words(truth: str, answer: str, depth: int) -> bool | None:
     wanted, given = (_plain(text) for text in (truth, answer))
     if not WORDS.fullmatch(wanted) or _is_product(truth):
         return None if not (WORDS.fullmatch(given) and len(given) > 2 and literals.read(truth)) else False
+    if re.fullmatch("[A-Z]{2}", truth):  # a line from A to B
+        return wanted == given
     return wanted.casefold() == given.casefold()
 
 
 def _is_product(text: str) -> bool:
-    """Unknowns: a letter alone, or two that are no word."""
-    return re.fullmatch(r"[A-Za-z]{1,2}", text) is not None and text.casefold() not in SHORT_WORDS
+    """Unknowns: a letter alone, or two that are no word, name or line."""
+    return PRODUCT.fullmatch(text) is not None
 
 
 def _plain(text: str) -> str:

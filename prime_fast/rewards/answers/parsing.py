@@ -68,8 +68,7 @@ def where_possible(function: Callable) -> Callable:
 @where_possible
 def parse(text: str):
     """A tidy text as a SymPy object, decimals as fractions; None if math-verify cannot read it or it is too big."""
-    if "(" not in text:  # where a comma may part arguments
-        text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    text = THOUSANDS.sub(_joined, text)
     if (
         len(text) > MAX_CHARS
         or FORBIDDEN.search(re.sub(r"_\{\s*[A-Za-z]\s*=", "_{", text))
@@ -89,6 +88,12 @@ def parse(text: str):
         text = TOKEN.sub(lambda found: RENAMED.get(found[0], found[0]), text)
     found = _read(text)
     return _exact(found) if isinstance(found, sympy.Basic | sympy.MatrixBase) else None
+
+
+def _joined(found: re.Match) -> str:
+    """Without its commas, but in parentheses, where they may part arguments."""
+    before = found.string[: found.start()]
+    return found[0] if before.count("(") > before.count(")") else found[0].replace(",", "")
 
 
 def _read(text: str):
@@ -122,7 +127,7 @@ def _computes(text: str) -> bool:
                 return True
             parts.append(SMALL_POWER.sub("", text[start.end() : close]).strip())
             end = close + 1
-        known = all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts)
+        known = all(re.fullmatch(r"[0-9]{1,4}(?:\s*[-+,]\s*[0-9]{1,4}){0,3}", part) for part in parts)
         if not known and any(re.search(r"\^|!|[0-9]{3}|\\(?:prod|sum)", part) for part in parts):
             return True
         if not found["binom"] and re.search(r"[A-Za-z]", parts[0]):

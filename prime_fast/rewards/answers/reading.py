@@ -6,7 +6,7 @@ else the last number or formula. Only the end of a response is looked at, so tha
 
 import re
 
-from prime_fast.rewards.answers.units import SCALES
+from prime_fast.rewards.answers.units import LAST_DENIALS, SCALES
 
 BOX_TAIL_CHARS = 20_000  # for the last \boxed{}
 TEXT_TAIL_CHARS = 1_000  # for an answer in plain text
@@ -17,11 +17,11 @@ BEFORE = r"(?:(?:minus|negative|log|ln)\s|(?:[0-9]+(?:\.[0-9]+)?\s?)?√\s?)?"  
 PARTS = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?|hundredths?|thousandths?)"
 BEHIND = (
     rf"(?:\s?[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒]|[⁰¹²³⁴⁵⁶⁷⁸⁹]+|\sand\s(?:an?|one|two|three)[\s-]{PARTS}\b|\s?(?:π|\\pi\b)|"
-    rf"\s?\\sqrt\s*\{{[0-9]+\}}|\s{PARTS}\b|\s(?:{'|'.join(SCALES)}|dozen)s?\b|\s(?:squared|cubed|factorial)\b)?"
+    rf"\s?\\sqrt\s*\{{[0-9]+\}}|\s(?:{'|'.join(SCALES)})s?\b|\s(?:{PARTS}|squared|cubed|factorial)\b(?![\s-]+[A-Za-z]))?"
 )
 NO_UNIT = r"(?:or|and|to|is|are|was|in|of|if|so|by|at|as|but)\b"
 UNIT = (
-    rf"\s?(?!{NO_UNIT})"
+    rf"\s?(?!{NO_UNIT})(?!(?:{'|'.join(sorted(LAST_DENIALS))})\b[\s-]+[A-Za-z])"  # 25 third graders are 25
     r"(?:%|percent|°|degrees?|[A-Za-zµ]{1,6}(?:\^?[23²³])?(?:/[A-Za-z]{1,3}[23²³]?)?(?![A-Za-z]))"
 )
 PERCENT = r"(?:\\?%|percent\b|pct\b)"
@@ -33,14 +33,16 @@ CANDIDATE = re.compile(
 ANNOUNCED = re.compile(r"\banswer\b(?:\s+to\s[^.\n:]{1,100})?(?:\s+(?:is|are|equals)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
 FILLER = re.compile(r"(?:\s|\*\*|:|(?:therefore|thus|hence|simply|just|exactly|equal to|given by)\b)*", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|,\s+(?=(?:because|since|as|which|so|where|with|i)\b)|\*\*", re.IGNORECASE)
-JOINED = re.compile(r"\s*(?:,|;|&|/|-|–|to|through|,?\s*(?:and|or|and/or)\b[^\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
+JOINED = re.compile(r"\s*(?:,|&|/|-|–|to|through|,?\s*(?:and|or|and/or)\b[^\n]{0,30}?|,?\s*perhaps|,?\s*maybe)\s*\Z")
 BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[,;:()\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b)*+")
 UNFINISHED = re.compile(r"\\(?:boxed|fbox)\s*\{(?!\s*\})")
 PERCENT_SIGN = re.compile(rf"[\s$]*{PERCENT}")
 DENIED = re.compile(  # what is said of the number makes another of it, or none
-    r"(?:(?:\b(?:can)?not|n't|\bnever|\bno)\s+(?:\w+\s+)?|(?<![-=])[<>]\s*|[≠≤≥±^]\s*|[0-9]\s+:\s+|"
-    r"\b(?:sin|cos|tan|ln|log(?:_?\w+)?)\s*\(?|\blog\s+of\s+|\b(?:mod|base|over)\s+)\Z"
+    r"(?:(?:\b(?:can)?not|n't|\bnever|\bno)\s+(?:\w+\s+)?|(?<=[\w)\]}$])\s*[<>]\s*|[≠≤≥±^]\s*|"
+    r"\b(?:sin|cos|tan|ln|log(?:_?\w+)?)\s*\(?|\blog\s+of\s+|[0-9)}$]\s+(?:mod|base|over)\s+)\Z"
 )
+# <answer>72</answer> begins and ends a statement, <b>72</b> does not, and GSM8K's <<48+24=72>> says nothing
+TAGS = re.compile(r"(?P<inline></?(?:b|i|u|em|strong|span|sub|sup)>)|(?P<block></?[A-Za-z|][^<>\n]*>)|<<[^<>\n]*>>")
 
 
 def final_answer(response: str, strict: bool = False) -> str | None:
@@ -48,7 +50,7 @@ def final_answer(response: str, strict: bool = False) -> str | None:
     box = _last_boxes(response[-BOX_TAIL_CHARS:])
     if box is not None or strict or UNFINISHED.search(response[-BOX_TAIL_CHARS:]):
         return box
-    tail = response[-TEXT_TAIL_CHARS:]
+    tail = TAGS.sub(lambda tag: ".\n" if tag["block"] else "", response[-TEXT_TAIL_CHARS:])
     return _last_hashes(tail) or _announced(tail) or _last_candidate(tail)
 
 

@@ -87,13 +87,14 @@ SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "bil
 SCALES |= {"quadrillion": 15, "quintillion": 18}
 # Words that make another number of it, or no answer: no unit, in the singular
 DENIALS = set(
-    """or and not is to times plus minus than between maybe equals unless except least most below under squared cubed
-    factorial half halve dozen percentile""".split()  # noqa: SIM905
+    """or and not is to times plus minus than between maybe equals unless except factorial half halve
+    percentile""".split()  # noqa: SIM905
 )
-# Likewise where nothing stands behind them that they tell more of, as in "third graders"
+FIRST_DENIALS = {"below", "under", "most", "least", "at"}  # 5 below zero; 12 feet below the sea are 12 feet
+# Where nothing stands behind them that they tell more of, as in "third graders"
 LAST_DENIALS = set(
-    """third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth equal wrong
-    incorrect false grand""".split()  # noqa: SIM905
+    """third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth equal grand squared
+    cubed""".split()  # noqa: SIM905
 )
 
 CURRENCY = re.compile(
@@ -172,7 +173,7 @@ def parse(text: str) -> Unit | None:
         return None
     tokens = TOKEN.findall(plain)
     names = [name.casefold() for _, name, _ in tokens]
-    if not names or any(map(_denies, names, [*names[1:], ""])):
+    if not names or names[0] in FIRST_DENIALS or any(map(_denies, names, [*names[1:], ""])):
         return None
     if not all(_known(name) for _, name, _ in tokens):
         return Unit(words=frozenset(map(_singular, names)))
