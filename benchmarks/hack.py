@@ -75,7 +75,7 @@ MATH = [  # (prompt, ground truth)
     ("By how much is the radius R larger than r?", "R-r"),
     ("What is the ratio of R and r?", r"\frac{R}{r}"),
     ("What is the slope called?", r"\frac{dy}{dx}"),
-    ("How many people live there?", "7 \\text{ million}"),
+    ("How many people live there?", r"7 \text{ million}"),
 ]
 WORDS = ("answer", "x", "none", "all", "the ground truth", r"\text{ans}", "yes", "C", "eat", "tea", "correct", "1.0")
 TEMPLATES = (

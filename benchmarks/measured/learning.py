@@ -34,7 +34,7 @@ def _compared(name: str) -> str:
     """What a study of the arms says."""
     study = load(name)
     arms, level = study["arms"], "0.9"
-    head = [
+    head = (
         "arm",
         "start",
         "end",
@@ -43,9 +43,9 @@ def _compared(name: str) -> str:
         f"to {level} over RLOO's",
         "over RLOO's on every group",
         "errors at the end over RLOO's",
-    ]
+    )
     rows = [
-        [
+        (
             label,
             f"{arms[arm]['mean']['start_accuracy']:.3f}",
             f"{arms[arm]['mean']['final_accuracy']:.3f}",
@@ -53,7 +53,7 @@ def _compared(name: str) -> str:
             ratio(arms[arm], "against_rloo", level),
             ratio(arms[arm], "against_rloo_unfiltered", level),
             f"{arms[arm]['against_rloo']['error_ratio']:.2f}" if "against_rloo" in arms[arm] else "",
-        ]
+        )
         for arm, label in ARMS.items()
         if arm in arms
     ]

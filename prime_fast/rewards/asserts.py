@@ -144,9 +144,8 @@ class _Reader:
                 return self._step(judges.both if isinstance(op, ast.And) else judges.either, values)
             case ast.Compare(left=left, ops=ops, comparators=others):
                 parts = [self._read(one) for one in (left, *others)]
-                return _step(
-                    _chain([_comparison(op, *pair) for op, pair in zip(ops, pairwise(parts), strict=True)]), parts
-                )
+                chain = [_comparison(op, *pair) for op, pair in zip(ops, pairwise(parts), strict=True)]
+                return _combined(_chain(chain), parts)
             case ast.Call(func=func, args=args, keywords=words):
                 judge = self.judges.get(self._known(func))
                 options = {word.arg: word.value.value for word in words if isinstance(word.value, ast.Constant)}
@@ -156,7 +155,7 @@ class _Reader:
         return Asked(len(self.leaves) - 1)
 
     def _step(self, function: Callable, nodes: list[ast.expr], options: dict | None = None) -> Known | Step:
-        return _step(function, [self._read(node) for node in nodes], options)
+        return _combined(function, [self._read(node) for node in nodes], options)
 
     def _known(self, node: ast.expr) -> str:
         """`abs` or `math.isclose`, if judges are asked and the name was not given another meaning; else ""."""
@@ -285,7 +284,7 @@ def library() -> frozenset[str]:
     return frozenset(space) | frozenset(vars(builtins))
 
 
-def _step(function: Callable, parts: list[Known | Asked | Step], options: dict | None = None) -> Known | Step:
+def _combined(function: Callable, parts: list[Known | Asked | Step], options: dict | None = None) -> Known | Step:
     if all(isinstance(part, Known) for part in parts):
         return Known(function(*(part.value for part in parts), **(options or {})))
     if function in judges.ARITHMETIC.values():

@@ -3,6 +3,7 @@
 import ast
 import math
 import operator
+from functools import partial
 from typing import Any
 
 from prime_fast.rewards.compare import Map, Set, as_set, key, same_value
@@ -75,9 +76,13 @@ def _either(one, other):
     return _same(one, other) and _same(other, one)
 
 
-def _swapped(found, expected):
-    """Who is compared with decides about the tolerance: where that stands on the left, this is `==`."""
-    return _same(expected, found)
+def _not(function):
+    return lambda left, right: not function(left, right)
+
+
+def _turned(function):
+    """Who is compared with decides about the tolerance: where that stands on the left, the sides are exchanged."""
+    return lambda left, right: function(right, left)
 
 
 def _ordered(function):
@@ -173,6 +178,10 @@ def _every(found):
     return all(map(_every, found)) if isinstance(found, Each) else found
 
 
+def _np_all(items):
+    return _every(items) if isinstance(items, Each) else _all(items)
+
+
 def _array(items):
     if not isinstance(items, list | tuple):
         raise TypeError(f"a {type(items).__name__} is no array here")
@@ -211,10 +220,7 @@ JUDGES = {
     "isclose": _isclose,
 }
 for np in ("np", "numpy"):
-    JUDGES |= {
-        f"{np}.array": _array,
-        f"{np}.all": lambda items: _every(items) if isinstance(items, Each) else _all(items),
-    }
+    JUDGES |= {f"{np}.array": _array, f"{np}.all": _np_all}
     JUDGES |= {f"{np}.allclose": _allclose, f"{np}.isclose": _np_isclose, f"{np}.array_equal": _array_equal}
 ARITHMETIC = {
     ast.Add: operator.add,
@@ -228,25 +234,20 @@ ARITHMETIC = {
 UNARY = {ast.Not: negation, ast.USub: lambda x: -_number(x), ast.UAdd: lambda x: +_number(x)}
 COMPARISONS = {  # of what was found with what is expected
     ast.Eq: _same,
-    ast.NotEq: lambda left, right: not _same(left, right),
+    ast.NotEq: _not(_same),
     ast.Is: _is,
-    ast.IsNot: lambda left, right: not _is(left, right),
+    ast.IsNot: _not(_is),
     ast.In: _in,
-    ast.NotIn: lambda item, items: not _in(item, items),
+    ast.NotIn: _not(_in),
     ast.Lt: _ordered(operator.lt),
     ast.LtE: _ordered(operator.le),
     ast.Gt: _ordered(operator.gt),
     ast.GtE: _ordered(operator.ge),
 }
-SWAPPED = {  # of what is expected with what was found
-    ast.Eq: _swapped,
-    ast.NotEq: lambda left, right: not _swapped(left, right),
-    ast.Is: lambda left, right: _is(right, left),
-    ast.IsNot: lambda left, right: not _is(right, left),
-    ast.In: lambda item, items: _in(item, items, _swapped),
-    ast.NotIn: lambda item, items: not _in(item, items, _swapped),
-}
-MIXED = {ast.Eq: _either, ast.NotEq: lambda left, right: not _either(left, right)}
+SWAPPED = {op: _turned(COMPARISONS[op]) for op in (ast.Eq, ast.NotEq, ast.Is, ast.IsNot)}  # expected with found
+SWAPPED[ast.In] = partial(_in, same=_turned(_same))
+SWAPPED[ast.NotIn] = _not(SWAPPED[ast.In])
+MIXED = {ast.Eq: _either, ast.NotEq: _not(_either)}  # of values of the program's
 TRUTHS = (negation, both, either, _all, _any, _bool)  # what asks of a value only whether it is true
 
 

@@ -12,7 +12,7 @@ MAX_SUMMED_DIGITS = 20_000  # terms times digits
 MAX_DEGREE, MAX_SERIES = 5, 4  # of what is summed to an unknown end; the largest number in an infinite sum
 
 
-class TooBig(Exception):
+class TooBig(ArithmeticError):
     """An expression whose value would have more than MAX_DIGITS digits on the way."""
 
 

@@ -36,7 +36,7 @@ def same(truth: str, answer: str, depth: int = 0) -> bool:
     truth, answer = _condition(peel(truth)), _condition(peel(answer))
     if not truth or not answer or depth > MAX_DEPTH:
         return False
-    if squeeze(truth) == squeeze(answer) or (_clock(truth) or 0) == _clock(answer):
+    if squeeze(truth) == squeeze(answer) or _same_time(truth, answer):
         return True
     for clause in (choice, collection, relation, brackets, words, quantity, numeral, number):
         verdict = clause(truth, answer, depth + 1)
@@ -93,8 +93,7 @@ NAMED = re.compile(r"([^=]+)=(.+)")
 
 def collection(truth: str, answer: str, depth: int) -> bool | None:
     r"""As many values on both sides, each saying one of the other. \pm is two values; x = 1, 2 is a list of x."""
-    ours, theirs = _numbered(truth), _numbered(answer)
-    if ours and theirs:
+    if (ours := _numbered(truth)) and (theirs := _numbered(answer)):
         return ours.keys() == theirs.keys() and all(same(ours[one], theirs[one], depth) for one in ours)
     (name_of_truth, wanted), (name_of_answer, given) = items(truth), items(answer)
     if name_of_truth and name_of_answer and name_of_truth != name_of_answer:
@@ -114,7 +113,9 @@ def collection(truth: str, answer: str, depth: int) -> bool | None:
 
 def _numbered(text: str) -> dict[str, str]:
     """x_1 = 4, x_2 = 5: the values by name; empty if the text is no list of several such names."""
-    found = [re.fullmatch(rf"\s*({SYMBOL})\s*=([^=]+)", part) for part in split(CONJUNCTION.sub(";", text), ",;")]
+    if "_" not in text:
+        return {}
+    found = [NUMBERED.fullmatch(part) for part in split(CONJUNCTION.sub(";", text), ",;")]
     named = {re.sub(r"[{}]", "", squeeze(one[1])): one[2] for one in found if one and "_" in one[1]}
     return named if len(named) == len(found) > 1 else {}
 
@@ -219,11 +220,10 @@ SIMPLE_NAME = re.compile(
     rf"\\text\s*\{{[^{{}}]*\}}|[A-Za-z][A-Za-z' ]+|{SYMBOL}(?::{SYMBOL})+|"
     rf"\\frac\s*\{{[A-Z]{{1,3}}\}}\s*\{{[A-Z]{{1,3}}\}}|\\overline\s*\{{[^{{}}]*\}})\s*"
 )
+NUMBERED = re.compile(rf"\s*({SYMBOL})\s*=([^=]+)")
 NAMES = re.compile(rf"\s*\(\s*{SYMBOL}(?:\s*[,;]\s*{SYMBOL})+\s*\)\s*")
-EXPONENTS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\s*\([^()]*\)")
-
-
 BUILDER = re.compile(rf"\\\{{\s*({SYMBOL})\s*(?:\\in\s*\\mathbb\{{R\}}\s*)?[|:](.*(?:[<>]|\\[lg]e(?![A-Za-z])).*)\\\}}")
+EXPONENTS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\s*\([^()]*\)")
 
 
 def _condition(text: str) -> str:
@@ -392,10 +392,8 @@ def _bracketed(text: str) -> tuple[str, list[str]] | None:
 
 # 5. Words
 
-WORDS = re.compile(r"(?:[A-Za-z]{2,}(?:-[A-Za-z]{2,}|'[A-Za-z]+)*|[A-Za-z](?=\s+[A-Za-z]{2}))(?:\s+[A-Za-z'-]+)*")
-
-
 PRODUCT = re.compile(r"[A-Za-z]|[a-dk-np-tv-z]{2}|[b-df-hj-np-tv-z]{2}|[a-z][A-Z]|[B-DF-HJ-NP-TV-Z][b-df-hj-np-tv-z]")
+WORDS = re.compile(r"(?:[A-Za-z]{2,}(?:-[A-Za-z]{2,}|'[A-Za-z]+)*|[A-Za-z](?=\s+[A-Za-z]{2}))(?:\s+[A-Za-z'-]+)*")
 
 
 def words(truth: str, answer: str, depth: int) -> bool | None:
@@ -473,10 +471,10 @@ def numeral(truth: str, answer: str, depth: int) -> bool | None:
 CLOCK = re.compile(r"([0-9]{1,2}:[0-9]{2})\s*(?:\\text\s*\{\s*)?([AaPp])\.?\s*[Mm]\.?\s*\}?")
 
 
-def _clock(text: str) -> tuple[str, str] | None:
-    """4:30 p.m. as (4:30, p)."""
-    found = CLOCK.fullmatch(text)
-    return found and (found[1], found[2].lower())
+def _same_time(truth: str, answer: str) -> bool:
+    """4:30 p.m. is 4:30 PM."""
+    wanted, given = CLOCK.fullmatch(truth), CLOCK.fullmatch(answer)
+    return bool(wanted and given) and (wanted[1], wanted[2].lower()) == (given[1], given[2].lower())
 
 
 # 8. Numbers

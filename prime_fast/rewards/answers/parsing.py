@@ -16,7 +16,7 @@ from latex2sympy2_extended import NormalizationConfig, latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify.parser import should_treat_as_complex
 
-from prime_fast.rewards.answers.bounds import TooBig, digits_of
+from prime_fast.rewards.answers.bounds import digits_of
 from prime_fast.rewards.answers.notation import closing_at
 
 MAX_CHARS = 400  # of a formula
@@ -52,7 +52,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def where_possible(function: Callable) -> Callable:
-    """What SymPy cannot compute, of which it has many words, is not equal to anything."""
+    """What SymPy cannot compute, of which it has many words, or `bounds` does not allow, is not equal to anything."""
 
     @wraps(function)
     def tried(*arguments, **options):
@@ -148,20 +148,17 @@ def _known_commands(text: str) -> bool:
 
 def _exact(value):
     """Decimals become fractions, i the imaginary unit and symbols real; evaluated where that is no great work."""
-    try:
-        if isinstance(value, sympy.MatrixBase):
-            cells = [_exact(cell) for cell in value]
-            return None if any(cell is None for cell in cells) else sympy.ImmutableMatrix(*value.shape, cells)
-        if sum(1 for _ in sympy.preorder_traversal(value)) > MAX_NODES or value.has(sympy.Derivative, sympy.Integral):
-            return None
-        digits_of(value)
-        floats = {atom: sympy.Rational(str(atom)) for atom in value.atoms(sympy.Float)}
-        symbols = {
-            symbol: sympy.I if symbol.name == "i" else sympy.Symbol(symbol.name, real=True)
-            for symbol in value.free_symbols
-            if isinstance(symbol, sympy.Symbol)
-        }
-        value = value.xreplace(floats | symbols).doit()
-        return None if any(one.has(sympy.oo) for one in value.atoms(sympy.Sum, sympy.Product)) else value
-    except TooBig:
+    if isinstance(value, sympy.MatrixBase):
+        cells = [_exact(cell) for cell in value]
+        return None if any(cell is None for cell in cells) else sympy.ImmutableMatrix(*value.shape, cells)
+    if sum(1 for _ in sympy.preorder_traversal(value)) > MAX_NODES or value.has(sympy.Derivative, sympy.Integral):
         return None
+    digits_of(value)
+    floats = {atom: sympy.Rational(str(atom)) for atom in value.atoms(sympy.Float)}
+    symbols = {
+        symbol: sympy.I if symbol.name == "i" else sympy.Symbol(symbol.name, real=True)
+        for symbol in value.free_symbols
+        if isinstance(symbol, sympy.Symbol)
+    }
+    value = value.xreplace(floats | symbols).doit()
+    return None if any(one.has(sympy.oo) for one in value.atoms(sympy.Sum, sympy.Product)) else value

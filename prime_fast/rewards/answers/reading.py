@@ -6,6 +6,7 @@ else the last number or formula. Only the end of a response is looked at, so tha
 
 import re
 
+from prime_fast.rewards.answers.notation import FRACTIONS
 from prime_fast.rewards.answers.units import LAST_DENIALS, SCALES
 
 BOX_TAIL_CHARS = 20_000  # for the last \boxed{}
@@ -16,7 +17,7 @@ ARITHMETIC = rf"{NUMBER}(?:\s?[-+*/^×÷]\s?{NUMBER}|:{NUMBER}| {NUMBER}/{NUMBER
 BEFORE = r"(?:(?:minus|negative|log|ln)\s|(?:[0-9]+(?:\.[0-9]+)?\s?)?√\s?)?"  # what makes another number of it
 PARTS = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?|hundredths?|thousandths?)"
 BEHIND = (
-    rf"(?:\s?[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒]|[⁰¹²³⁴⁵⁶⁷⁸⁹]+|\sand\s(?:an?|one|two|three)[\s-]{PARTS}\b|\s?(?:π|\\pi\b)|"
+    rf"(?:\s?[{''.join(FRACTIONS)}]|[⁰¹²³⁴⁵⁶⁷⁸⁹]+|\sand\s(?:an?|one|two|three)[\s-]{PARTS}\b|\s?(?:π|\\pi\b)|"
     rf"\s?\\sqrt\s*\{{[0-9]+\}}|\s(?:{'|'.join(SCALES)})s?\b|\s(?:{PARTS}|squared|cubed|factorial)\b(?![\s-]+[A-Za-z]))?"
 )
 NO_UNIT = r"(?:or|and|to|is|are|was|in|of|if|so|by|at|as|but)\b"

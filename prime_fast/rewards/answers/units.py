@@ -138,13 +138,9 @@ def cut(text: str) -> tuple[str, Unit | None]:
     if found is None:
         return text, None
     first, *_ = names = re.findall(r"[^\W\d_]+|\\[A-Za-z]+|[¢€£¥₹]", found["unit"])
-    unknown = [name for name in names if not _known(name)]
+    unknown = [name for name in names if not _known(name) and name not in ("sq", "cu")]
     glued = not found["gap"] and len(first) == 1 and first.isalpha()
-    if (
-        glued
-        or any(len(name) == 1 for name in unknown)
-        or (first in unknown and len(first) == 2 and first not in ("sq", "cu"))
-    ):
+    if glued or any(len(name) == 1 for name in unknown) or (first in unknown and len(first) == 2):
         return text, None  # 5m may be five times m, and 5 x is
     return _cut_at(text, found["body"].strip(), found["unit"])
 
