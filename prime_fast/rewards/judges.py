@@ -248,7 +248,7 @@ SWAPPED = {op: _turned(COMPARISONS[op]) for op in (ast.Eq, ast.NotEq, ast.Is, as
 SWAPPED[ast.In] = partial(_in, same=_turned(_same))
 SWAPPED[ast.NotIn] = _not(SWAPPED[ast.In])
 MIXED = {ast.Eq: _either, ast.NotEq: _not(_either)}  # of values of the program's
-TRUTHS = (negation, both, either, _all, _any, _bool)  # what asks of a value only whether it is true
+TRUTHS = (negation, both, either, _all, _np_all, _any, _bool)  # what asks of a value only whether it is true
 
 
 def only_truths(value: Any) -> bool:

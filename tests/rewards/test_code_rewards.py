@@ -469,6 +469,7 @@ def test_claims_are_judged_here(claim, value, holds):
         ("def same(a, b): return a == b\nassert same(f(2), 4)", "leaves the judgement to `same`"),
         ("def near(a, b): return abs(a - b)\nassert near(f(2), 4) == 0", "gives `near` more than"),
         ("ok = lambda a: a == 4\nassert ok(f(2)) == True", "leaves the judgement to `ok`"),
+        ("import numpy as np\ndef same(a): return a\nassert np.all(same(f(2)))", "leaves the judgement to `same`"),
         ("import operator\nassert operator.eq(f(2), 4)", "leaves the judgement to `operator.eq`"),
         ("ok = f(2) == 4\nassert ok", "compares inside"),
         ("wrong = 0\nfor x in (1, 2):\n    if f(x) != x:\n        wrong += 1\nassert wrong == 0", "compares inside"),
